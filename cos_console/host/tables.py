@@ -1,0 +1,226 @@
+"""Partition tables, read by libparted from a copy in memory, so that no device is ever opened for writing.
+
+libparted opens what it is given read-write, and closing that makes udev announce a change. So it gets a sparse
+memory file of the disk's length that holds only the sectors a table can stand in: the first and the last MiB and,
+for MBR, the chain of extended boot records. Its own switch for tests, the variable PARTED_SECTOR_SIZE, tells it
+about 4096-byte sectors. GUIDs are not offered by pyparted and come from the headers themselves (UEFI 2.10
+chapter 5; MBR: signature at byte 440).
+"""
+
+import os
+import threading
+import uuid
+from dataclasses import dataclass, field
+
+import _ped
+import parted
+
+from cos_console.formats.readat import ReadAt
+from cos_console.model.machine import Finding, Severity, TableKind
+
+_EDGE = 1 << 20
+_EXTENDED = {0x05, 0x0F, 0x85}
+_lock = threading.Lock()
+
+FLAGS = {
+    "esp": "PARTITION_ESP",
+    "bios_grub": "PARTITION_BIOS_GRUB",
+    "boot": "PARTITION_BOOT",
+    "legacy_boot": "PARTITION_LEGACY_BOOT",
+    "lvm": "PARTITION_LVM",
+    "raid": "PARTITION_RAID",
+}
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    number: int
+    start_bytes: int
+    size_bytes: int
+    name: str
+    part_uuid: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    kind: TableKind
+    sector_bytes: int
+    disk_id: str = ""
+    entries: tuple[TableEntry, ...] = ()
+    findings: tuple[Finding, ...] = field(default=())
+
+
+def guess_sector_bytes(source: ReadAt) -> int:
+    """Sector size of a disk image: where the GPT header stands tells; 512 without one."""
+    for size in (512, 4096):
+        if (
+            source.read_at(size, 8) == b"EFI PART"
+            or source.read_at(source.size_bytes - size, 8) == b"EFI PART"
+        ):
+            return size
+    return 512
+
+
+def read_table(source: ReadAt, sector_bytes: int) -> Table:
+    """The partition table of a disk. A damaged one comes back as findings. Raises OSError when unreadable."""
+    size = source.size_bytes
+    if size < 2 * sector_bytes:
+        return Table(TableKind.NONE, sector_bytes)
+    head = source.read_at(0, min(_EDGE, size))
+    tail = source.read_at(max(0, size - _EDGE), _EDGE)
+    gpt = head[sector_bytes : sector_bytes + 8] == b"EFI PART" or tail[-sector_bytes:][:8] == b"EFI PART"
+    if not gpt and not _looks_like_mbr(head):
+        return Table(TableKind.NONE, sector_bytes)
+    memory = os.memfd_create("partition-table", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(memory, size)
+        os.pwrite(memory, head, 0)
+        os.pwrite(memory, tail, max(0, size - _EDGE))
+        if not gpt:
+            _copy_extended(source, head, memory, sector_bytes)
+        return _parse(memory, head, tail, sector_bytes)
+    finally:
+        os.close(memory)
+
+
+def _looks_like_mbr(head: bytes) -> bool:
+    if head[510:512] != b"\x55\xaa":
+        return False
+    entries = [head[446 + 16 * n : 462 + 16 * n] for n in range(4)]
+    # A FAT boot sector ends in the same two bytes; its "entries" are code or zeros.
+    used = [e for e in entries if e[4]]
+    return bool(used) and all(e[0] in {0, 0x80} for e in entries) and all(any(e[8:16]) for e in used)
+
+
+def _copy_extended(source: ReadAt, head: bytes, memory: int, sector: int) -> None:
+    """Follow the chain of extended boot records; at most 64, loops end it."""
+    base = 0
+    for n in range(4):
+        entry = head[446 + 16 * n : 462 + 16 * n]
+        if entry[4] in _EXTENDED:
+            base = int.from_bytes(entry[8:12], "little")
+    at, seen = base, set[int]()
+    while at and at not in seen and len(seen) < 64:
+        seen.add(at)
+        record = source.read_at(at * sector, sector)
+        if record[510:512] != b"\x55\xaa":
+            return
+        os.pwrite(memory, record, at * sector)
+        following = record[462:478]
+        at = base + int.from_bytes(following[8:12], "little") if following[4] in _EXTENDED else 0
+
+
+def _parse(memory: int, head: bytes, tail: bytes, sector: int) -> Table:
+    said: list[str] = []
+
+    def answer(_kind: int, options: int, message: str) -> int:
+        said.append(" ".join(message.split()))
+        for choice in ("IGNORE", "OK", "NO", "CANCEL"):
+            value: int = getattr(parted, f"EXCEPTION_RESOLVE_{choice}")
+            if options & value:
+                return value
+        return int(parted.EXCEPTION_RESOLVE_UNHANDLED)
+
+    with _lock:
+        before = os.environ.get("PARTED_SECTOR_SIZE")
+        os.environ["PARTED_SECTOR_SIZE"] = str(sector)
+        parted.register_exn_handler(answer)
+        try:
+            device = _ped.device_get(f"/proc/self/fd/{memory}")
+            try:
+                disk = _ped.disk_new(device)
+                kind = {"gpt": TableKind.GPT, "msdos": TableKind.MBR}.get(disk.type.name, TableKind.NONE)
+                entries = _entries(disk, kind, head, tail, sector)
+            finally:
+                device.destroy()
+        except (
+            _ped.DiskException,
+            _ped.DiskLabelException,
+            _ped.IOException,
+            _ped.DeviceException,
+            _ped.PartedException,
+            _ped.PartitionException,
+        ) as error:
+            words = said[-1] if said else " ".join(str(error).split())
+            return Table(TableKind.NONE, sector, findings=(_damaged(words, lost=True),))
+        finally:
+            parted.clear_exn_handler()
+            if before is None:
+                del os.environ["PARTED_SECTOR_SIZE"]
+            else:
+                os.environ["PARTED_SECTOR_SIZE"] = before
+    disk_id = _gpt_disk_id(head, tail, sector) if kind is TableKind.GPT else ""
+    if kind is TableKind.MBR:
+        disk_id = head[440:444][::-1].hex()
+    return Table(kind, sector, disk_id, entries, tuple(_damaged(w, lost=False) for w in said))
+
+
+def _entries(
+    disk: "_ped.Disk", kind: TableKind, head: bytes, tail: bytes, sector: int
+) -> tuple[TableEntry, ...]:
+    found: list[TableEntry] = []
+    guids = _gpt_guids(head, tail, sector) if kind is TableKind.GPT else {}
+    signature = head[440:444][::-1].hex()
+    partition = disk.next_partition()
+    while partition is not None:
+        special = partition.type & (
+            parted.PARTITION_FREESPACE | parted.PARTITION_METADATA | parted.PARTITION_EXTENDED
+        )
+        if partition.num > 0 and not special and kind is not TableKind.NONE:
+            flags = []
+            for flag, constant in FLAGS.items():
+                value = getattr(_ped, constant, None)
+                if value is not None and partition.is_flag_available(value) and partition.get_flag(value):
+                    flags.append(flag)
+            start = partition.geom.start * sector
+            part_uuid = f"{signature}-{partition.num:02x}"
+            if kind is TableKind.GPT:
+                part_uuid = guids.get(partition.num, "")
+            name = (partition.get_name() or "") if kind is TableKind.GPT else ""
+            length = partition.geom.length * sector
+            found.append(TableEntry(partition.num, start, length, name, part_uuid, tuple(flags)))
+        partition = disk.next_partition(partition)
+    return tuple(sorted(found, key=lambda e: e.number))
+
+
+def _gpt_header(head: bytes, tail: bytes, sector: int) -> tuple[bytes, bool]:
+    """The header that can be used, and whether it is the primary one."""
+    primary = head[sector : 2 * sector]
+    if primary[:8] == b"EFI PART":
+        return primary, True
+    return tail[-sector:], False
+
+
+def _gpt_disk_id(head: bytes, tail: bytes, sector: int) -> str:
+    header, _ = _gpt_header(head, tail, sector)
+    return str(uuid.UUID(bytes_le=header[56:72]))
+
+
+def _gpt_guids(head: bytes, tail: bytes, sector: int) -> dict[int, str]:
+    header, primary = _gpt_header(head, tail, sector)
+    count = min(int.from_bytes(header[80:84], "little"), 1024)
+    size = int.from_bytes(header[84:88], "little")
+    if primary:
+        at = int.from_bytes(header[72:80], "little") * sector
+        table = head[at : at + count * size]
+    else:
+        mine = int.from_bytes(header[24:32], "little")
+        behind = (mine - int.from_bytes(header[72:80], "little") + 1) * sector
+        table = tail[len(tail) - behind :] if 0 < behind <= len(tail) else b""
+    guids = {}
+    for n in range(count):
+        entry = table[n * size : (n + 1) * size]
+        if len(entry) >= 32 and any(entry[:16]):
+            guids[n + 1] = str(uuid.UUID(bytes_le=entry[16:32]))
+    return guids
+
+
+def _damaged(words: str, *, lost: bool) -> Finding:
+    words = words.replace("/proc/self/fd/", "table ")
+    return Finding(
+        code="COS-DISK-TABLE-DAMAGED" if lost else "COS-DISK-TABLE-WARNING",
+        severity=Severity.ERROR if lost else Severity.WARNING,
+        what=f"The partition table is damaged: {words}" if lost else f"The partition table: {words}",
+        now="Restore the table from its backup with sgdisk or testdisk before anything else." if lost else "",
+    )
