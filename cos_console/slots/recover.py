@@ -60,7 +60,7 @@ class Recorded:
     """saved_entry and next_entry as they were."""
 
 
-class Unrecognised(ValueError):
+class Unrecognised(ValueError):  # noqa: N818 - the field says so
     """The disk shows none of the states of that operation: somebody else changed it. Nothing is touched."""
 
 
