@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cos_console.slots import checkpoint, record
+from cos_console.slots import checkpoint, record, restore
 from cos_console.slots.label import read_label
 from cos_console.slots.port import ExtentKind, MountedVolume, Place, RealPort, Volume
 from cos_console.slots.switch import (
@@ -162,3 +162,17 @@ def test_a_freezer_that_is_killed_does_not_leave_the_file_system_frozen(mounted:
         assert time.monotonic() - started < 10
     finally:
         os.close(fd)
+
+
+def test_a_copy_is_equal_has_no_unwritten_block_and_reads_the_same_in_grub(mounted: Mounted) -> None:
+    if mounted.fs == "ext2":
+        pytest.skip("no reservation on a file system that maps by blocks")
+    place = Place(Volume.STATE, "cOS/copied.img")
+    assert restore.copy(mounted.port, ACTIVE, place)
+    mounted.port.checkpoint(Volume.STATE)
+    assert restore.prove_equal(mounted.port, ACTIVE, place) == 4 * MIB
+    assert {e.kind for e in mounted.port.extents(place)} == {ExtentKind.WRITTEN}
+    assert mounted.grub("cat", f"/{place.path}") == (mounted.root / ACTIVE.path).read_bytes()
+    mounted.port.write_at(place, 2 * MIB + 5, b"x")
+    with pytest.raises(restore.NotEqual):
+        restore.prove_equal(mounted.port, ACTIVE, place)
