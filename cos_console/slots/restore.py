@@ -4,6 +4,7 @@ GRUB 2.06 can't read a file whose first block is a hole, and reads reserved, nev
 was on the disk, so the first block is always written and what stays unwritten is dug out.
 """
 
+import errno
 import os
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ def copy(
         raise FileNotFoundError(2, "no such image", str(source))
     size = found.size_bytes
     port.create(target)
-    port.reserve(target, size)
+    reserve(port, target, size)
 
     def write(fd: int) -> bool:
         with port.reading(source) as origin:
@@ -53,6 +54,23 @@ def copy(
     port.fsync_file(target)
     dig_out_unwritten(port, target)
     return True
+
+
+def reserve(port: Port, place: Place, size_bytes: int) -> None:
+    """Real room for the whole file; where the file system can't reserve (ext2), by writing zeros."""
+    try:
+        port.reserve(place, size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        port.fill(place, lambda fd: _zeros(fd, size_bytes))
+
+
+def _zeros(fd: int, size_bytes: int) -> None:
+    zero = bytes(PIECE)
+    for offset in range(0, size_bytes, PIECE):
+        _pwrite(fd, zero[: min(PIECE, size_bytes - offset)], offset)
+    os.fsync(fd)
 
 
 def dig_out_unwritten(port: Port, place: Place) -> None:

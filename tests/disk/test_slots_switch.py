@@ -165,8 +165,6 @@ def test_a_freezer_that_is_killed_does_not_leave_the_file_system_frozen(mounted:
 
 
 def test_a_copy_is_equal_has_no_unwritten_block_and_reads_the_same_in_grub(mounted: Mounted) -> None:
-    if mounted.fs == "ext2":
-        pytest.skip("no reservation on a file system that maps by blocks")
     place = Place(Volume.STATE, "cOS/copied.img")
     assert restore.copy(mounted.port, ACTIVE, place)
     mounted.port.checkpoint(Volume.STATE)
@@ -176,3 +174,15 @@ def test_a_copy_is_equal_has_no_unwritten_block_and_reads_the_same_in_grub(mount
     mounted.port.write_at(place, 2 * MIB + 5, b"x")
     with pytest.raises(restore.NotEqual):
         restore.prove_equal(mounted.port, ACTIVE, place)
+
+
+def test_a_copy_that_does_not_fit_is_refused_before_it_is_filled(mounted: Mounted) -> None:
+    place = Place(Volume.STATE, "cOS/copied.img")
+    filler = Place(Volume.STATE, "filler")
+    mounted.port.create(filler)
+    room = mounted.port.free_bytes(Volume.STATE)
+    restore.reserve(mounted.port, filler, room - 3 * MIB)
+    reported: list[int] = []
+    with pytest.raises(OSError, match="o space"):
+        restore.copy(mounted.port, ACTIVE, place, report=lambda done, _total: reported.append(done))
+    assert reported == []
