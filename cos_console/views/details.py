@@ -8,8 +8,7 @@ from cos_console.views.page import Block, Facts, Gap, Key, Line, Lines, Page, Sp
 HELP = (
     "Everything the look at this disk found. Nothing here changes anything.",
     "The partitions are read from the disk itself, not from what the system remembers of it.",
-    "GRUB environment: the variables GRUB keeps on the disk, such as next_entry (boots once) and"
-    " saved_entry (the default).",
+    "GRUB environment: the variables GRUB keeps on the disk, such as next_entry and saved_entry.",
 )
 
 

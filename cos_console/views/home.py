@@ -205,7 +205,7 @@ def _nothing(machine: Machine, head: tuple[str, ...], right: str) -> Page:
 
 
 def slot_table(inst: Installation) -> Table:
-    rows = []
+    rows: list[tuple[Span, ...]] = []
     for name in SlotName:
         slot = inst.slot(name)
         if slot is None:

@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 def parse_time(text: str) -> datetime | None:
     """RFC 3339 as UTC; None for anything else."""
     try:
-        return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(UTC)
+        return datetime.fromisoformat(text).astimezone(UTC)
     except ValueError:
         return None
 
