@@ -16,7 +16,7 @@ from cos_console.model.machine import Machine
 from cos_console.views.details import details_page
 from cos_console.views.home import home_page, scanning_page
 from cos_console.views.layout import choice_lines, lay_out
-from cos_console.views.page import Line, Lines, Page, Span, Tone
+from cos_console.views.page import MARKS, Line, Lines, Page, Span, Tone
 
 STYLES = {
     Tone.PLAIN: "", Tone.STRONG: "bold", Tone.QUIET: "", Tone.GOOD: "ansi_green",
@@ -65,7 +65,8 @@ class Console(App[int]):
         self.action_look()
 
     def on_resize(self) -> None:
-        self.draw()
+        if self.is_running:
+            self.draw()
 
     def page(self) -> Page:
         now = datetime.now(UTC).strftime("%H:%M UTC")
@@ -77,8 +78,6 @@ class Console(App[int]):
         return home_page(self.machine, self.index, now)
 
     def draw(self) -> None:
-        if not self.is_mounted:
-            return
         width, height = self.size
         if width < 60 or height < 15:
             for name in ("head", "verdict", "keys"):
@@ -89,7 +88,7 @@ class Console(App[int]):
         head = "   ".join(page.head)[: room - len(page.right)]
         self.query_one("#head", Static).update(head.ljust(room - len(page.right)) + page.right)
         self.query_one("#verdict", Static).update(
-            content([((_span(self.problem or page.verdict, page.mark)),)])
+            content([((_span(f"{MARKS.get(page.mark, ' ')} {self.problem or page.verdict}", page.mark)),)])
         )
         lines = lay_out(page.blocks, room)
         if self.place == "help":
@@ -100,7 +99,9 @@ class Console(App[int]):
                 lines.append((_span("▶ " if n == self.at else "  ", Tone.ACCENT), *each))
             lines += lay_out(page.after, room)
         self.query_one("#text", Static).update(content(lines))
-        self.query_one("#keys", Static).update("   ".join(f"{k.key} {k.word}" for k in page.keys))
+        self.query_one("#keys", Static).update(
+            "  ".join(f"{k.key} {k.word}" for k in page.keys if k.key not in {"h", "F2"})
+        )
 
     def action_look(self) -> None:
         threading.Thread(target=self._scan, daemon=True).start()
@@ -135,6 +136,10 @@ class Console(App[int]):
         choices = self.page().choices
         if self.place == "home" and choices and choices[self.at].id == "look":
             self.action_details()
+        elif self.place == "home" and choices:
+            self.problem = "This can't be started from the screen yet. Nothing was changed."
+            self.draw()
+            self.problem = ""
 
     def _go(self, place: str) -> None:
         self.place = place
@@ -147,7 +152,7 @@ class Console(App[int]):
     def action_explain(self) -> None:
         self._go("help")
 
-    def action_back(self) -> None:
+    async def action_back(self) -> None:
         self._go("home")
 
     def action_leave(self) -> None:

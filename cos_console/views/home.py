@@ -15,8 +15,10 @@ MENDERS = {"finish": "Finish what was interrupted", "undo": "Undo what was inter
 
 HELP = (
     "This page shows one installed system: the partitions of one disk that belong together.",
-    "A slot is a whole system image. active boots by default, passive is the one before it, recovery is for"
-    " emergencies.",
+    (
+        "A slot is a whole system image. active boots by default, passive is the one before it, recovery is for"
+        " emergencies."
+    ),
     "Boots: 'next' is what GRUB chooses now; 'if that fails' is what it falls back to.",
     "Nothing is changed from this page. Each choice first shows a plan, and the plan's default answer is no.",
     "← → (or Tab) shows the next installation, r looks at the disks again, h shows the history.",
@@ -298,9 +300,9 @@ def home_choices(inst: Installation) -> tuple[Choice, ...]:
     upgrade = Choice(
         "upgrade", "Upgrade", "minutes", upgrade_cost(inst), "plan first", "u" if not repairs else ""
     )
-    ways = Choice("rollback", "Roll back", "1 s - 1 min", "by choice", "plan first", "b")
+    ways = Choice("rollback", "Roll back", "1 s up", "by choice", "plan first", "b")
     restore = Choice("restore", "Restore active from passive", "~40 s", "replaces active", "typed consent")
-    default = Choice("default-passive", "Make passive the default", "1 s", "nothing", "undo: same key", "d")
+    default = Choice("default-passive", "Make passive the default", "1 s", "nothing", "can be undone", "d")
     if not _sound(active) and _sound(passive):
         if inst.boot.next is not SlotName.PASSIVE or SlotName.PASSIVE not in {inst.boot.after, None}:
             out.append(default)

@@ -145,15 +145,17 @@ def choice_lines(choices: tuple[Choice, ...], width: int) -> list[Line]:
     label = max((len(c.label) for c in choices), default=0)
     time = max((len(c.time) for c in choices), default=0)
     over = max((len(c.overwrites) for c in choices), default=0)
+    undo = max((len(c.undo) for c in choices), default=0)
+    gap = "   " if label + time + over + undo + 9 <= width else "  "
     out: list[Line] = []
     for c in choices:
         quiet = Tone.QUIET if c.refusal else Tone.PLAIN
         spans = [Span(c.label.ljust(label), Tone.QUIET if c.refusal else Tone.STRONG)]
         if time:
-            spans.append(Span("   " + c.time.ljust(time), quiet))
+            spans.append(Span(gap + c.time.ljust(time), quiet))
         if over:
-            spans.append(Span("   " + c.overwrites.ljust(over), quiet))
+            spans.append(Span(gap + c.overwrites.ljust(over), quiet))
         if c.undo:
-            spans.append(Span("   " + c.undo, Tone.QUIET))
+            spans.append(Span(gap + c.undo, Tone.QUIET))
         out.append(cut_line(tuple(spans), width))
     return out
