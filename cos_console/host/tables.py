@@ -22,8 +22,11 @@ _EDGE = 1 << 20
 _EXTENDED = {0x05, 0x0F, 0x85}
 _lock = threading.Lock()
 
+_NO_DATA = parted.PARTITION_FREESPACE | parted.PARTITION_METADATA | parted.PARTITION_EXTENDED
+_ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
+_ESP_MBR_TYPE = 0xEF
+
 FLAGS = {
-    "esp": "PARTITION_ESP",
     "bios_grub": "PARTITION_BIOS_GRUB",
     "boot": "PARTITION_BOOT",
     "legacy_boot": "PARTITION_LEGACY_BOOT",
@@ -176,7 +179,11 @@ def _entries(
             start = partition.geom.start * sector
             part_uuid = f"{signature}-{partition.num:02x}"
             if kind is TableKind.GPT:
-                part_uuid = guids.get(partition.num, "")
+                part_uuid, type_guid = guids.get(partition.num, ("", ""))
+                if type_guid == _ESP_TYPE:
+                    flags = ["esp", *(f for f in flags if f != "boot")]
+            elif partition.num <= 4 and head[446 + 16 * partition.num - 12] == _ESP_MBR_TYPE:
+                flags.insert(0, "esp")
             name = (partition.get_name() or "") if kind is TableKind.GPT else ""
             length = partition.geom.length * sector
             found.append(TableEntry(partition.num, start, length, name, part_uuid, tuple(flags)))
@@ -197,7 +204,8 @@ def _gpt_disk_id(head: bytes, tail: bytes, sector: int) -> str:
     return str(uuid.UUID(bytes_le=header[56:72]))
 
 
-def _gpt_guids(head: bytes, tail: bytes, sector: int) -> dict[int, str]:
+def _gpt_guids(head: bytes, tail: bytes, sector: int) -> dict[int, tuple[str, str]]:
+    """Number to (partition GUID, type GUID)."""
     header, primary = _gpt_header(head, tail, sector)
     count = min(int.from_bytes(header[80:84], "little"), 1024)
     size = int.from_bytes(header[84:88], "little")
@@ -212,7 +220,7 @@ def _gpt_guids(head: bytes, tail: bytes, sector: int) -> dict[int, str]:
     for n in range(count):
         entry = table[n * size : (n + 1) * size]
         if len(entry) >= 32 and any(entry[:16]):
-            guids[n + 1] = str(uuid.UUID(bytes_le=entry[16:32]))
+            guids[n + 1] = (str(uuid.UUID(bytes_le=entry[16:32])), str(uuid.UUID(bytes_le=entry[:16])))
     return guids
 
 

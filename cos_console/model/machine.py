@@ -182,6 +182,8 @@ class BootOutlook(msgspec.Struct, frozen=True, kw_only=True):
     """False for cOS 0.5.3, whose grub.cfg loads no environment block."""
     explained: str = ""
     """One sentence: why this one."""
+    chosen: SlotName | None = None
+    """What GRUB tries first; differs from `next` when GRUB itself can't load that one and falls back."""
 
 
 class Leftover(msgspec.Struct, frozen=True, kw_only=True):
