@@ -173,6 +173,7 @@ class Squashfs:
             allocated_bytes=inode.size,
             links=inode.links,
             mtime=inode.mtime,
+            mtime_ns=inode.mtime * 1_000_000_000,
         )
 
     def _resolve(self, path: str, *, follow_last: bool = True) -> _Inode:

@@ -1,39 +1,25 @@
 """ext2/3/4 read in user space: no mount, no write, no journal replay unless asked for.
 
-Source: Linux Documentation/filesystems/ext4 (on-disk layout). `journal="ignore"` is what GRUB sees, which does
-not replay; `journal="replay"` is what Linux sees after a mount (the journal is applied in memory only).
-Damage is a FormatError; every loop is bounded by the size of the source.
+Source: Linux Documentation/filesystems/ext4 (on-disk layout). Two looks at one disk: GRUB does not replay the
+journal and reads unwritten extents as what was on the disk before (`journal="ignore"`, `unwritten="stale"`);
+Linux replays and reads zeros (`journal="replay"`, `unwritten="zeros"`). The replay is in memory only.
+Damage is a FormatError; every loop is bounded. Refused by name: bigalloc, encrypt, compression, casefold.
 """
 
 import stat as stat_module
 import struct
-import uuid
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from cos_console.formats.ext4.journal import Overlay, replayed_blocks
-from cos_console.formats.readat import FormatError, ReadAt
+from cos_console.formats.ext4.blockmap import BlockMap, MappedFile, Run
+from cos_console.formats.ext4.journal import Overlay, replay
+from cos_console.formats.ext4.superblock import INCOMPAT_NAMES, Superblock, parse_superblock
+from cos_console.formats.ext4.xattr import block_attributes, inode_attributes
+from cos_console.formats.readat import BytesReadAt, FormatError, ReadAt
 
-_INCOMPAT_KNOWN = {
-    0x0001: "compression",
-    0x0002: "filetype",
-    0x0004: "needs_recovery",
-    0x0008: "journal_dev",
-    0x0010: "meta_bg",
-    0x0040: "extents",
-    0x0080: "64bit",
-    0x0100: "mmp",
-    0x0200: "flex_bg",
-    0x0400: "ea_inode",
-    0x1000: "dirdata",
-    0x2000: "csum_seed",
-    0x4000: "large_dir",
-    0x8000: "inline_data",
-    0x10000: "encrypt",
-    0x20000: "casefold",
-}
+__all__ = ["Ext4", "Run", "Stat", "Superblock", "parse_superblock"]
+
 _READABLE = 0x0002 | 0x0004 | 0x0010 | 0x0040 | 0x0080 | 0x0100 | 0x0200 | 0x0400 | 0x2000 | 0x4000 | 0x8000
 _BIGALLOC = 0x0200
 _EXTENTS_FL = 0x80000
@@ -41,38 +27,7 @@ _INLINE_FL = 0x10000000
 _ROOT_INODE = 2
 _SYMLINKS = 40
 _MAX_DIRECTORY = 256 << 20
-
-
-@dataclass(frozen=True)
-class Superblock:
-    """The fields of the primary superblock that we use. Times are seconds since 1970, sizes in bytes."""
-
-    label: str
-    uuid: str
-    block_bytes: int
-    blocks: int
-    free_blocks: int
-    reserved_blocks: int
-    inodes: int
-    blocks_per_group: int
-    inodes_per_group: int
-    inode_bytes: int
-    first_data_block: int
-    descriptor_bytes: int
-    clean: bool
-    errors: bool
-    needs_recovery: bool
-    mkfs_time: int
-    write_time: int
-    compat: int
-    incompat: int
-    ro_compat: int
-    first_meta_bg: int
-    journal_inode: int
-
-    @property
-    def size_bytes(self) -> int:
-        return self.blocks * self.block_bytes
+_MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -85,6 +40,8 @@ class Stat:
     allocated_bytes: int
     links: int
     mtime: int
+    mtime_ns: int = 0
+    """Whole seconds in ext2/3 with small inodes and in squashfs."""
 
     @property
     def is_dir(self) -> bool:
@@ -100,16 +57,6 @@ class Stat:
 
 
 @dataclass(frozen=True)
-class Run:
-    """`length` blocks of a file from its block `logical`, lying at `physical`."""
-
-    logical: int
-    length: int
-    physical: int
-    written: bool = True
-
-
-@dataclass(frozen=True)
 class _Inode:
     number: int
     raw: bytes
@@ -122,84 +69,42 @@ class _Inode:
         return self.raw[40:100]
 
 
-def parse_superblock(raw: bytes) -> Superblock:
-    """From the 1024 bytes at offset 1024. Raises FormatError."""
-    if len(raw) < 1024 or raw[56:58] != b"\x53\xef":
-        raise FormatError("no ext2/3/4 superblock")
-    (inodes, blocks, reserved, free) = struct.unpack_from("<4I", raw, 0)
-    first_data, log_block = struct.unpack_from("<II", raw, 20)
-    (bpg,) = struct.unpack_from("<I", raw, 32)
-    (ipg,) = struct.unpack_from("<I", raw, 40)
-    (wtime,) = struct.unpack_from("<I", raw, 48)
-    state, _ = struct.unpack_from("<HH", raw, 58)
-    (revision,) = struct.unpack_from("<I", raw, 76)
-    inode_bytes = struct.unpack_from("<H", raw, 88)[0] if revision else 128
-    compat, incompat, ro_compat = struct.unpack_from("<3I", raw, 92)
-    (journal_inode,) = struct.unpack_from("<I", raw, 224)
-    descriptor = struct.unpack_from("<H", raw, 254)[0] if incompat & 0x80 else 32
-    (first_meta,) = struct.unpack_from("<I", raw, 260)
-    (mkfs_time,) = struct.unpack_from("<I", raw, 264)
-    if incompat & 0x80:
-        high = struct.unpack_from("<3I", raw, 336)
-        blocks |= high[0] << 32
-        reserved |= high[1] << 32
-        free |= high[2] << 32
-    if log_block > 6:
-        raise FormatError(f"impossible block size 2^{10 + log_block}")
-    block_bytes = 1024 << log_block
-    if not (bpg and ipg) or inode_bytes < 128 or inode_bytes > block_bytes or inode_bytes & (inode_bytes - 1):
-        raise FormatError("the superblock's geometry is impossible")
-    if descriptor < 32 or descriptor > block_bytes or blocks <= first_data:
-        raise FormatError("the superblock's geometry is impossible")
-    return Superblock(
-        label=raw[120:136].split(b"\0", 1)[0].decode("utf-8", "replace"),
-        uuid=str(uuid.UUID(bytes=raw[104:120])),
-        block_bytes=block_bytes,
-        blocks=blocks,
-        free_blocks=free,
-        reserved_blocks=reserved,
-        inodes=inodes,
-        blocks_per_group=bpg,
-        inodes_per_group=ipg,
-        inode_bytes=inode_bytes,
-        first_data_block=first_data,
-        descriptor_bytes=descriptor,
-        clean=bool(state & 1),
-        errors=bool(state & 2),
-        needs_recovery=bool(incompat & 4),
-        mkfs_time=mkfs_time,
-        write_time=wtime,
-        compat=compat,
-        incompat=incompat,
-        ro_compat=ro_compat,
-        first_meta_bg=first_meta,
-        journal_inode=journal_inode,
-    )
-
-
 class Ext4:
     """An opened file system. Paths are relative to its root, with or without a leading slash."""
 
-    def __init__(self, source: ReadAt, superblock: Superblock) -> None:
+    def __init__(self, source: ReadAt, superblock: Superblock, *, stale: bool = False) -> None:
         self._source = source
+        self._stale = stale
         self.superblock = superblock
         self._tables: dict[int, int] = {}
 
     @classmethod
-    def open(cls, source: ReadAt, *, journal: Literal["ignore", "replay"] = "ignore") -> "Ext4":
-        """Raises FormatError when this is no ext file system or one with features that are not read here."""
+    def open(
+        cls,
+        source: ReadAt,
+        *,
+        journal: Literal["ignore", "replay"] = "ignore",
+        unwritten: Literal["zeros", "stale"] = "zeros",
+    ) -> "Ext4":
+        """Raises FormatError when this is no ext file system, one with features that are not read here, or one
+        whose journal Linux would refuse to replay."""
         superblock = parse_superblock(source.read_at(1024, 1024))
         unknown = superblock.incompat & ~_READABLE
         if unknown:
-            names = [_INCOMPAT_KNOWN.get(1 << b, hex(1 << b)) for b in range(32) if unknown >> b & 1]
+            names = [INCOMPAT_NAMES.get(1 << b, hex(1 << b)) for b in range(32) if unknown >> b & 1]
             raise FormatError(f"ext4 feature not read here: {', '.join(names)}")
         if superblock.ro_compat & _BIGALLOC:
             raise FormatError("ext4 feature not read here: bigalloc")
-        fs = cls(source, superblock)
+        stale = unwritten == "stale"
+        fs = cls(source, superblock, stale=stale)
         if journal == "replay" and superblock.needs_recovery and superblock.journal_inode:
             log = fs._open_inode(fs._inode(superblock.journal_inode))
-            overlay = Overlay(source, superblock.block_bytes, replayed_blocks(log))
-            fs = cls(overlay, parse_superblock(overlay.read_at(1024, 1024)))
+            found = replay(log)
+            if found.places:
+                if found.block_bytes != superblock.block_bytes:
+                    raise FormatError("the journal's blocks are of another size than the file system's")
+                overlay = Overlay(source, log, found)
+                fs = cls(overlay, parse_superblock(overlay.read_at(1024, 1024)), stale=stale)
         return fs
 
     # --- looking up ------------------------------------------------------------------------------------------
@@ -246,11 +151,36 @@ class Ext4:
         """Where the file's blocks lie, in order; holes are left out, unwritten extents are marked."""
         return tuple(self._runs(self._resolve(path)))
 
+    def xattrs(self, path: str) -> dict[bytes, bytes]:
+        """Name to value as getxattr gives them; of a symlink at the end of `path`, its own. FormatError."""
+        found = self._attributes(self._resolve(path, follow_last=False))
+        return {name: value for name, value in found.items() if name != b"system.data"}
+
+    def walk(self, path: str = "/") -> Iterator[tuple[str, Stat]]:
+        """Every path below `path` with its lstat, directories before what is in them, symlinks not followed."""
+        top = path.strip("/")
+        yield from self._walk(self._resolve(path), f"/{top}" if top else "", 0)
+
+    def _walk(self, directory: _Inode, prefix: str, depth: int) -> Iterator[tuple[str, Stat]]:
+        if depth > _MAX_DEPTH:
+            raise FormatError(f"directories nested more than {_MAX_DEPTH} deep")
+        entries = sorted((n, i) for n, i in self._entries(directory) if n not in {b".", b".."})
+        for name, number in entries:
+            inode = self._inode(number)
+            path = f"{prefix}/{name.decode('utf-8', 'surrogateescape')}"
+            yield path, self._stat(inode)
+            if stat_module.S_ISDIR(inode.mode):
+                yield from self._walk(inode, path, depth + 1)
+
     def _stat(self, inode: _Inode) -> Stat:
         raw = inode.raw
         uid = struct.unpack_from("<H", raw, 2)[0] | struct.unpack_from("<H", raw, 120)[0] << 16
         gid = struct.unpack_from("<H", raw, 24)[0] | struct.unpack_from("<H", raw, 122)[0] << 16
         blocks = struct.unpack_from("<I", raw, 28)[0] | struct.unpack_from("<H", raw, 116)[0] << 32
+        mtime_ns = int(struct.unpack_from("<i", raw, 16)[0]) * 1_000_000_000
+        if len(raw) >= 140 and struct.unpack_from("<H", raw, 128)[0] >= 12:
+            extra = int(struct.unpack_from("<I", raw, 136)[0])  # two bits of epoch, thirty of nanoseconds
+            mtime_ns += ((extra & 3) << 32) * 1_000_000_000 + (extra >> 2)
         return Stat(
             inode=inode.number,
             mode=inode.mode,
@@ -259,7 +189,8 @@ class Ext4:
             size_bytes=inode.size,
             allocated_bytes=blocks * (self.superblock.block_bytes if inode.flags & 0x40000 else 512),
             links=struct.unpack_from("<H", raw, 26)[0],
-            mtime=struct.unpack_from("<i", raw, 16)[0],
+            mtime=mtime_ns // 1_000_000_000,
+            mtime_ns=mtime_ns,
         )
 
     def _resolve(self, path: str, *, follow_last: bool = True) -> _Inode:
@@ -345,10 +276,14 @@ class Ext4:
 
     def _entries(self, inode: _Inode) -> Iterator[tuple[bytes, int]]:
         """(name, inode number) of a directory; index blocks of a hashed one look like empty entries."""
+        if not stat_module.S_ISDIR(inode.mode):
+            raise FormatError(f"inode {inode.number} is not a directory")
         if inode.size > _MAX_DIRECTORY:
             raise FormatError("a directory larger than 256 MiB")
         if inode.flags & _INLINE_FL:
             yield from self._block_entries(inode.i_block[4:], len(inode.i_block) - 4)
+            more = self._attributes(inode).get(b"system.data", b"")
+            yield from self._block_entries(more, len(more))
             return
         file = self._open_inode(inode)
         size = self.superblock.block_bytes
@@ -360,7 +295,9 @@ class Ext4:
         at = 0
         while at + 8 <= min(size, len(block)):
             number, length, name_length = struct.unpack_from("<IHB", block, at)
-            if length < 8 or at + length > size:
+            if size == 65536 and length in {0, 65535}:
+                length = 65536
+            if length < 8 or length & 3 or at + length > size or name_length + 8 > length:
                 raise FormatError("a directory entry of impossible length")
             if number and name_length:
                 yield block[at + 8 : at + 8 + name_length], number
@@ -370,79 +307,41 @@ class Ext4:
 
     def _open_inode(self, inode: _Inode) -> ReadAt:
         if inode.flags & _INLINE_FL:
-            return _Inline(inode.i_block[: min(inode.size, 60)], inode.size)
-        return _File(self._source, inode.size, self.superblock.block_bytes, tuple(self._runs(inode)))
+            data = inode.i_block + self._attributes(inode).get(b"system.data", b"")
+            if inode.size > len(data):
+                raise FormatError("inline data shorter than its file")
+            return BytesReadAt(data[: inode.size])
+        runs = tuple(self._runs(inode))
+        return MappedFile(self._source, inode.size, self.superblock.block_bytes, runs, stale=self._stale)
 
-    def _runs(self, inode: _Inode) -> Iterator[Run]:
+    def _runs(self, inode: _Inode) -> tuple[Run, ...]:
         if inode.flags & _INLINE_FL:
-            return
-        if inode.flags & _EXTENTS_FL:
-            runs = list(self._extent_node(inode.i_block, 5))
-        else:
-            runs = list(self._mapped(inode))
-        end = -1
-        for run in runs:
-            if run.logical < end or run.physical + run.length > self.superblock.blocks or run.physical == 0:
-                raise FormatError(f"inode {inode.number} has an impossible block map")
-            end = run.logical + run.length
-            yield run
+            return ()
+        if not (
+            stat_module.S_ISREG(inode.mode)
+            or stat_module.S_ISDIR(inode.mode)
+            or stat_module.S_ISLNK(inode.mode)
+        ):
+            return ()
+        blocks = BlockMap(self._block, self.superblock.block_bytes, self.superblock.blocks)
+        return (
+            blocks.extents(inode.i_block)
+            if inode.flags & _EXTENTS_FL
+            else blocks.mapped(inode.i_block, inode.size)
+        )
 
-    def _extent_node(self, node: bytes, depth_left: int) -> Iterator[Run]:
-        magic, entries, _, depth = struct.unpack_from("<4H", node, 0)
-        if magic != 0xF30A or depth > depth_left or 12 + entries * 12 > len(node):
-            raise FormatError("invalid extent tree")
-        for n in range(entries):
-            if depth == 0:
-                logical, length, high, low = struct.unpack_from("<IHHI", node, 12 + n * 12)
-                written = length <= 32768
-                yield Run(logical, length if written else length - 32768, high << 32 | low, written)
-            else:
-                _, low, high = struct.unpack_from("<IIH", node, 12 + n * 12)
-                yield from self._extent_node(self._block(high << 32 | low), depth - 1)
+    def _attributes(self, inode: _Inode) -> dict[bytes, bytes]:
+        found = inode_attributes(inode.raw, self._attribute_value)
+        low, high = struct.unpack_from("<I", inode.raw, 104)[0], struct.unpack_from("<H", inode.raw, 118)[0]
+        if low | high:
+            found |= block_attributes(self._block(high << 32 | low), self._attribute_value)
+        return found
 
-    def _mapped(self, inode: _Inode) -> Iterator[Run]:
-        """ext2/3 block map: 12 direct, then single, double and triple indirect."""
-        count = -(-inode.size // self.superblock.block_bytes)
-        current: Run | None = None
-        for logical, physical in self._map_numbers(inode.i_block, count):
-            if physical == 0:
-                continue
-            if (
-                current
-                and current.logical + current.length == logical
-                and current.physical + current.length == physical
-            ):
-                current = Run(current.logical, current.length + 1, current.physical)
-            else:
-                if current:
-                    yield current
-                current = Run(logical, 1, physical)
-        if current:
-            yield current
-
-    def _map_numbers(self, i_block: bytes, count: int) -> Iterator[tuple[int, int]]:
-        numbers = struct.unpack("<15I", i_block)
-        per_block = self.superblock.block_bytes // 4
-        yield from ((n, numbers[n]) for n in range(min(12, count)))
-        at = 12
-        for level in (1, 2, 3):
-            if at >= count:
-                return
-            yield from self._indirect(numbers[11 + level], level, at, count)
-            at += per_block**level
-
-    def _indirect(self, block: int, level: int, at: int, count: int) -> Iterator[tuple[int, int]]:
-        if block == 0:
-            return
-        per_block = self.superblock.block_bytes // 4
-        for n, number in enumerate(struct.unpack(f"<{per_block}I", self._block(block))):
-            logical = at + n * per_block ** (level - 1)
-            if logical >= count:
-                return
-            if level == 1:
-                yield logical, number
-            else:
-                yield from self._indirect(number, level - 1, logical, count)
+    def _attribute_value(self, number: int) -> bytes:
+        inode = self._inode(number)
+        if inode.size > 65536 or inode.flags & _INLINE_FL:
+            raise FormatError("an extended attribute larger than 64 KiB")
+        return self._open_inode(inode).read_at(0, inode.size)
 
     def _block(self, number: int) -> bytes:
         size = self.superblock.block_bytes
@@ -452,69 +351,6 @@ class Ext4:
         if len(block) != size:
             raise FormatError("a block outside the file system")
         return block
-
-
-class _Inline:
-    def __init__(self, data: bytes, size: int) -> None:
-        if size > len(data):
-            raise FormatError("inline data that goes on in an attribute is not read here")
-        self._data = data
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self._data)
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        return self._data[offset : offset + length]
-
-
-class _File:
-    """A file's bytes through its runs; holes and unwritten extents read as zeros, as Linux reads them."""
-
-    def __init__(self, source: ReadAt, size: int, block_bytes: int, runs: tuple[Run, ...]) -> None:
-        self._source = source
-        self._size = size
-        self._block = block_bytes
-        self._runs = runs
-        self._starts = [r.logical * block_bytes for r in runs]
-
-    @property
-    def size_bytes(self) -> int:
-        return self._size
-
-    def _end(self, index: int) -> int:
-        return self._starts[index] + self._runs[index].length * self._block
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        if offset >= self._size or length <= 0:
-            return b""
-        length = min(length, self._size - offset)
-        end = offset + length
-        parts: list[bytes] = []
-        index = max(0, bisect_right(self._starts, offset) - 1)
-        while offset < end:
-            while (
-                index < len(self._runs)
-                and self._starts[index] + self._runs[index].length * self._block <= offset
-            ):
-                index += 1
-            if index >= len(self._runs):
-                parts.append(bytes(end - offset))
-                break
-            run, start = self._runs[index], self._starts[index]
-            if start > offset:
-                hole = min(start, end) - offset
-                parts.append(bytes(hole))
-                offset += hole
-                continue
-            take = min(end, start + run.length * self._block) - offset
-            if run.written:
-                data = self._source.read_at(run.physical * self._block + offset - start, take)
-                parts.append(data + bytes(take - len(data)))
-            else:
-                parts.append(bytes(take))
-            offset += take
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _is_power(number: int, base: int) -> bool:
