@@ -32,24 +32,23 @@ from cos_console.model.machine import (
 )
 from cos_console.model.problem import ExitCode, Problem
 
-Opener = Callable[[str], int]
+Wrap = Callable[[ReadAt], ReadAt]
 
 
-def scan(target: Path | None = None, *, open_path: Opener | None = None) -> Machine:
+def scan(target: Path | None = None, *, wrap: Wrap | None = None) -> Machine:
     """All disks, or only `target` (a block device or a whole-disk image file).
 
-    Raises Problem COS-TARGET-MISSING or COS-TARGET-KIND for a target that can't be looked at. `open_path` is how
-    a path becomes a read-only descriptor; tests give another one.
+    Raises Problem COS-TARGET-MISSING or COS-TARGET-KIND for a target that can't be looked at. `wrap` is put
+    round every opened disk; a test gives one that fails as a dying disk does.
     """
     table = mounts.read_mounts()
     loops = mounts.read_loops()
     root = mounts.running_image(table, loops)
-    opener = open_path or open_read_only
     blocks = devices.list_disks() if target is None else (_target(target, loops),)
     disks: list[Disk] = []
     found: list[Installation] = []
     for block in blocks:
-        disk, installation = _look_disk(block, table, root, opener)
+        disk, installation = _look_disk(block, table, root, wrap)
         if target is None and block.name.startswith("loop") and disk.table is TableKind.NONE:
             continue
         disks.append(disk)
@@ -114,9 +113,9 @@ def _target(target: Path, loops: tuple[mounts.Loop, ...]) -> BlockDisk:
 
 
 def _look_disk(
-    block: BlockDisk, table: tuple[mounts.Mount, ...], root: tuple[int, int] | None, opener: Opener
+    block: BlockDisk, table: tuple[mounts.Mount, ...], root: tuple[int, int] | None, wrap: Wrap | None
 ) -> tuple[Disk, Installation | None]:
-    sources = Sources(opener)
+    sources = Sources(wrap)
     try:
         try:
             whole = sources.open(block.path)

@@ -202,15 +202,16 @@ class DirectReadAt:
 class Sources:
     """Open descriptors of one look, closed together. Everything is opened O_RDONLY."""
 
-    def __init__(self, open_path: Callable[[str], int] | None = None) -> None:
-        self._open = open_path or open_read_only
+    def __init__(self, wrap: Callable[[ReadAt], ReadAt] | None = None) -> None:
+        self._wrap = wrap
         self._fds: list[int] = []
         self._trees: list[Tree] = []
 
     def open(self, path: str) -> ReadAt:
-        fd = self._open(path)
+        fd = open_read_only(path)
         self._fds.append(fd)
-        return FileReadAt(fd)
+        source = FileReadAt(fd)
+        return self._wrap(source) if self._wrap is not None else source
 
     def open_direct(self, path: str) -> ReadAt:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT | os.O_NONBLOCK)

@@ -1,0 +1,1 @@
+"""Recorded machines for the screens, and the program that records them from real sandbox disks."""
