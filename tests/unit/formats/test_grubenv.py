@@ -90,7 +90,65 @@ def test_random_bytes_raise_only_a_format_error(data: bytes) -> None:
             pass
 
 
-def test_flipping_the_choice_touches_one_sector() -> None:
-    block = grubenv.change(grubenv.empty_block(), {"saved_entry": "cos", "next_entry": "", "x": "y" * 600})
+choices = st.sampled_from(["cos", "fallback", "recovery", "", None])
+fillers = st.lists(st.tuples(names, st.text("xyz =#", max_size=150)), max_size=8)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(before=fillers, after=fillers, flips=st.lists(st.tuples(choices, choices), min_size=1, max_size=6))
+def test_flips_leave_all_else_and_grub_reads_them_the_same(
+    tmp_path: Path,
+    before: list[tuple[str, str]],
+    after: list[tuple[str, str]],
+    flips: list[tuple[str | None, str | None]],
+) -> None:
+    lines = [*before, ("saved_entry", "recovery"), ("next_entry", "fallback"), *after]
+    body = grubenv.SIGNATURE + "".join(f"{k}={v}\n" for k, v in lines).encode()
+    if len(body) > 1024:
+        return
+    block = body.ljust(1024, b"#")
+    others = {k: v for k, v in grubenv.variables(block).items() if not k.endswith("_entry")}
+    path = tmp_path / "grubenv"
+    for saved, following in flips:
+        wanted = others | {
+            k: v for k, v in (("saved_entry", saved), ("next_entry", following)) if v is not None
+        }
+        try:
+            block = grubenv.change(block, {"saved_entry": saved, "next_entry": following})
+        except FormatError:
+            assert len(body) > 980
+            return
+        assert grubenv.variables(block) == wanted
+        path.write_bytes(block)
+        listed = dict(line.split("=", 1) for line in editenv(path, "list").splitlines())
+        assert listed == wanted
+        editenv(path, "set", "next_entry=")  # what GRUB does at the boot
+        assert grubenv.variables(path.read_bytes()) == wanted | {"next_entry": ""}
+
+
+def test_flipping_to_a_shorter_name_and_back_touches_one_sector_of_a_full_block() -> None:
+    body = grubenv.SIGNATURE + b"saved_entry=fallback\nnext_entry=recovery\n" + b"x=" + b"y" * 900 + b"\n"
+    block = body.ljust(1024, b"#")
     flipped = grubenv.change(block, {"saved_entry": "cos", "next_entry": ""})
-    assert grubenv.changed_sectors(block, flipped) == ()
+    assert grubenv.changed_sectors(block, flipped) == (0,)
+    assert grubenv.variables(flipped) == {"saved_entry": "cos", "next_entry": "", "x": "y" * 900}
+    back = grubenv.change(flipped, {"saved_entry": "fallback", "next_entry": "recovery"})
+    assert grubenv.changed_sectors(flipped, back) == (0,)
+    assert grubenv.variables(back) == grubenv.variables(block)
+
+
+def test_a_line_without_equals_spoils_the_next_one_as_in_grub(tmp_path: Path) -> None:
+    block = (grubenv.SIGNATURE + b"junk\nsaved_entry=cos\nb=2\n").ljust(1024, b"#")
+    assert "saved_entry" not in grubenv.variables(block)
+    assert any("without =" in f for f in grubenv.faults(block))
+    mended = grubenv.change(block, {"saved_entry": "fallback"})
+    assert grubenv.variables(mended) == {"saved_entry": "fallback", "b": "2"}
+    assert grubenv.faults(mended) == ()
+
+
+def test_every_fault_is_named() -> None:
+    assert grubenv.faults(grubenv.empty_block()) == ()
+    assert "signature" in grubenv.faults(bytes(1024))[0]
+    assert "the last one counts" in grubenv.faults((grubenv.SIGNATURE + b"a=1\na=2\n").ljust(1024, b"#"))[0]
+    assert "padded" in grubenv.faults((grubenv.SIGNATURE + b"a=1\n").ljust(1024, b"\0"))[0]
+    assert "512 bytes" in grubenv.faults(grubenv.SIGNATURE.ljust(512, b"#"))[0]
