@@ -8,11 +8,17 @@ chapter 5; MBR: signature at byte 440).
 """
 
 import os
-import threading
+import re
+import resource
+import select
+import signal
+import time
 import uuid
+import zlib
 from dataclasses import dataclass, field
 
 import _ped
+import msgspec
 import parted
 
 from cos_console.formats.readat import ReadAt
@@ -20,7 +26,6 @@ from cos_console.model.machine import Finding, Severity, TableKind
 
 _EDGE = 1 << 20
 _EXTENDED = {0x05, 0x0F, 0x85}
-_lock = threading.Lock()
 
 _NO_DATA = parted.PARTITION_FREESPACE | parted.PARTITION_METADATA | parted.PARTITION_EXTENDED
 _ESP_TYPE = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b"
@@ -114,49 +119,97 @@ def _copy_extended(source: ReadAt, head: bytes, memory: int, sector: int) -> Non
         at = base + int.from_bytes(following[8:12], "little") if following[4] in _EXTENDED else 0
 
 
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child that ran libparted found out."""
+
+    kind: TableKind
+    entries: tuple[TableEntry, ...] = ()
+    said: tuple[str, ...] = ()
+    failed: bool = False
+
+
 def _parse(memory: int, head: bytes, tail: bytes, sector: int) -> Table:
-    said: list[str] = []
-
-    def answer(_kind: int, options: int, message: str) -> int:
-        said.append(" ".join(message.split()))
-        for choice in ("IGNORE", "OK", "NO", "CANCEL"):
-            value: int = getattr(parted, f"EXCEPTION_RESOLVE_{choice}")
-            if options & value:
-                return value
-        return int(parted.EXCEPTION_RESOLVE_UNHANDLED)
-
-    with _lock:
-        before = os.environ.get("PARTED_SECTOR_SIZE")
-        os.environ["PARTED_SECTOR_SIZE"] = str(sector)
-        parted.register_exn_handler(answer)
-        try:
-            device = _ped.device_get(f"/proc/self/fd/{memory}")
-            try:
-                disk = _ped.disk_new(device)
-                kind = {"gpt": TableKind.GPT, "msdos": TableKind.MBR}.get(disk.type.name, TableKind.NONE)
-                entries = _entries(disk, kind, head, tail, sector)
-            finally:
-                device.destroy()
-        except (
-            _ped.DiskException,
-            _ped.DiskLabelException,
-            _ped.IOException,
-            _ped.DeviceException,
-            _ped.PartedException,
-            _ped.PartitionException,
-        ) as error:
-            words = said[-1] if said else " ".join(str(error).split())
-            return Table(TableKind.NONE, sector, findings=(_damaged(words, lost=True),))
-        finally:
-            parted.clear_exn_handler()
-            if before is None:
-                del os.environ["PARTED_SECTOR_SIZE"]
-            else:
-                os.environ["PARTED_SECTOR_SIZE"] = before
+    answer = _in_child(memory, head, tail, sector)
+    if answer.failed:
+        words = answer.said[-1] if answer.said else "libparted can't make sense of it"
+        return Table(TableKind.NONE, sector, findings=(_damaged(words, lost=True),))
+    kind, entries, said = answer.kind, answer.entries, answer.said
     disk_id = _gpt_disk_id(head, tail, sector) if kind is TableKind.GPT else ""
     if kind is TableKind.MBR:
         disk_id = head[440:444][::-1].hex()
     return Table(kind, sector, disk_id, entries, tuple(_damaged(w, lost=False) for w in said))
+
+
+def _in_child(memory: int, head: bytes, tail: bytes, sector: int) -> _Answer:
+    """libparted aborts the process on some damaged tables (seen with 3.5), so a short-lived child runs it."""
+    nothing = _Answer(kind=TableKind.NONE, failed=True)
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        try:
+            _quiet()
+            os.environ["PARTED_SECTOR_SIZE"] = str(sector)
+            answer = _ask_libparted(f"/proc/self/fd/{memory}", head, tail, sector)
+            with os.fdopen(writing, "wb") as out:
+                out.write(msgspec.msgpack.encode(answer))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    data = bytearray()
+    deadline = time.monotonic() + _CHILD_S
+    try:
+        while select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            piece = os.read(reading, 65536)
+            if not piece:
+                return msgspec.msgpack.decode(bytes(data), type=_Answer) if data else nothing
+            data += piece
+        os.kill(child, signal.SIGKILL)
+        return nothing
+    except msgspec.DecodeError:
+        return nothing
+    finally:
+        os.close(reading)
+        os.waitpid(child, 0)
+
+
+def _quiet() -> None:
+    """In the child: no words of libparted on the operator's screen, no core file."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for number in (signal.SIGABRT, signal.SIGSEGV):
+        signal.signal(number, signal.SIG_DFL)
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+
+
+def _ask_libparted(path: str, head: bytes, tail: bytes, sector: int) -> _Answer:
+    said: list[str] = []
+    choices = [getattr(parted, f"EXCEPTION_RESOLVE_{c}") for c in ("IGNORE", "OK", "NO", "CANCEL")]
+
+    def decide(_kind: int, options: int, message: str) -> int:
+        """libparted asks what to do about an oddity: never repair, go on with what is there."""
+        said.append(" ".join(message.split()))
+        return int(next((c for c in choices if options & c), parted.EXCEPTION_RESOLVE_UNHANDLED))
+
+    parted.register_exn_handler(decide)
+    try:
+        disk = _ped.disk_new(_ped.device_get(path))
+        kind = {"gpt": TableKind.GPT, "msdos": TableKind.MBR}.get(disk.type.name, TableKind.NONE)
+        return _Answer(kind=kind, entries=_entries(disk, kind, head, tail, sector), said=tuple(said))
+    except _PARTED_ERRORS as error:
+        words = said or [" ".join(str(error).split())]
+        return _Answer(kind=TableKind.NONE, said=tuple(words), failed=True)
+
+
+_CHILD_S = 10.0
+_PARTED_ERRORS = (
+    _ped.DiskException,
+    _ped.DiskLabelException,
+    _ped.IOException,
+    _ped.DeviceException,
+    _ped.PartedException,
+    _ped.PartitionException,
+)
 
 
 def _entries(
@@ -193,10 +246,19 @@ def _entries(
 
 def _gpt_header(head: bytes, tail: bytes, sector: int) -> tuple[bytes, bool]:
     """The header that can be used, and whether it is the primary one."""
-    primary = head[sector : 2 * sector]
-    if primary[:8] == b"EFI PART":
+    primary, backup = head[sector : 2 * sector], tail[-sector:]
+    if _checks(primary) or not _checks(backup):
         return primary, True
-    return tail[-sector:], False
+    return backup, False
+
+
+def _checks(header: bytes) -> bool:
+    """The header's own checksum, taken with its field as zero (UEFI 2.10, table 5.5)."""
+    size = int.from_bytes(header[12:16], "little")
+    if header[:8] != b"EFI PART" or not 92 <= size <= len(header):
+        return False
+    zeroed = header[:16] + bytes(4) + header[20:size]
+    return zlib.crc32(zeroed) == int.from_bytes(header[16:20], "little")
 
 
 def _gpt_disk_id(head: bytes, tail: bytes, sector: int) -> str:
@@ -225,7 +287,7 @@ def _gpt_guids(head: bytes, tail: bytes, sector: int) -> dict[int, tuple[str, st
 
 
 def _damaged(words: str, *, lost: bool) -> Finding:
-    words = words.replace("/proc/self/fd/", "table ")
+    words = re.sub(r"/proc/self/fd/\d+", "the disk", words)
     return Finding(
         code="COS-DISK-TABLE-DAMAGED" if lost else "COS-DISK-TABLE-WARNING",
         severity=Severity.ERROR if lost else Severity.WARNING,
