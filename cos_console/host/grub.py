@@ -5,6 +5,7 @@ GRUB's enumeration that has /grub_oem_env, then the first with /grubenv; Element
 COS_STATE and /grubenv on the partition that its oem_label names. The later file wins. cOS 0.5.3 loads none.
 """
 
+import re
 from dataclasses import dataclass
 
 from cos_console.formats import grubcfg, grubenv
@@ -18,6 +19,11 @@ _IMAGES = {
     "passive": SlotName.PASSIVE,
     "recovery": SlotName.RECOVERY,
 }
+_NAME = re.compile(r"\$\{?(\w+)\}?")
+_STOCK_LOADS: tuple[grubcfg.EnvironmentFile, ...] = (
+    grubcfg.EnvironmentFile("grub_oem_env", "file"),
+    grubcfg.EnvironmentFile("grubenv", "file"),
+)
 _IDS = {"cos": SlotName.ACTIVE, "fallback": SlotName.PASSIVE, "recovery": SlotName.RECOVERY}
 
 
@@ -54,8 +60,7 @@ def look_grub(
         if config is not None:
             break
     menu, fallback, notes = STOCK_MENU, STOCK_FALLBACK, ""
-    by_label = False
-    names: tuple[str, ...] = ("grub_oem_env", "grubenv")
+    loads = _STOCK_LOADS
     reads = True
     if config is None:
         notes = "The installed grub.cfg could not be read, so the stock rules of this layout are assumed."
@@ -64,30 +69,30 @@ def look_grub(
             _finding("COS-GRUB-CONFIG", Severity.WARNING, what, "Look at COS_STATE with the shell.")
         )
     else:
-        parsed, text = config
-        menu = tuple(MenuEntry(e.entry_id, e.title, _slot_of(e)) for e in parsed.entries)
-        fallback = " ".join(parsed.fallback) or STOCK_FALLBACK
-        names, reads = parsed.environment_files, parsed.reads_environment
-        by_label = "oem_label" in text
-        if reads and not parsed.honours_next_entry:
+        menu = tuple(MenuEntry(e.entry_id, e.title, _slot_of(e)) for e in config.entries)
+        fallback = " ".join(config.fallback) or STOCK_FALLBACK
+        loads, reads = config.environment, config.reads_environment
+        if reads and not config.honours_next_entry:
             notes = "The installed grub.cfg does not know next_entry."
-    files, variables, more = _environment(names, by_label, state, others)
+        if config.unknown:
+            notes = f"{notes} Not understood in grub.cfg: {'; '.join(config.unknown[:3])}.".strip()
+    files, variables, more = _environment(loads, state, others)
     findings += more
     title = variables.get("default_menu_entry") or "cOS"
     menu = tuple(MenuEntry(e.id, e.title.replace("${default_menu_entry}", title), e.slot) for e in menu)
-    if config is not None and not config[0].honours_next_entry:
+    if config is not None and not config.honours_next_entry:
         variables = {k: v for k, v in variables.items() if k != "next_entry"}
     return GrubLook(menu, files, variables, reads, fallback, notes, tuple(findings))
 
 
-def _config(place: PlacedTree) -> tuple[tuple[grubcfg.GrubConfig, str] | None, str]:
+def _config(place: PlacedTree) -> tuple[grubcfg.GrubConfig | None, str]:
     words = ""
     for path in CONFIG_PATHS:
         try:
             data = read_small(place.tree, path)
             if data is None:
                 continue
-            return (grubcfg.parse_grub_cfg(data), data.decode("utf-8", "replace")), ""
+            return grubcfg.parse_grub_cfg(data), ""
         except LOOK_ERRORS as error:
             words = " ".join(str(error).split())
     return None, words
@@ -99,16 +104,17 @@ def _slot_of(entry: grubcfg.Entry) -> SlotName | None:
 
 
 def _environment(
-    names: tuple[str, ...], by_label: bool, state: PlacedTree | None, others: tuple[PlacedTree, ...]
+    loads: tuple[grubcfg.EnvironmentFile, ...], state: PlacedTree | None, others: tuple[PlacedTree, ...]
 ) -> tuple[tuple[BootFile, ...], dict[str, str], list[Finding]]:
     files: list[BootFile] = []
     variables: dict[str, str] = {}
     findings: list[Finding] = []
-    for name in names:
-        if by_label and name == "grub_oem_env":
+    for load in loads:
+        name = load.path
+        if load.found_by == "root":
             places: tuple[PlacedTree, ...] = (state,) if state else ()
-        elif by_label and name == "grubenv":
-            label = variables.get("oem_label", "COS_OEM")
+        elif load.found_by == "label":
+            label = _NAME.sub(lambda m: variables.get(m[1], ""), load.key) or "COS_OEM"
             places = tuple(p for p in others if p.partition.fs_label == label)
         else:
             places = others
