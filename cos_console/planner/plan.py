@@ -219,7 +219,7 @@ class _Maker:
             boots_after=boots_after,
             space=space,
             fate=fate,
-            undo=f"swap back to {_what(self.active if keeps_active else self.passive)} at any time, also after the reboot",
+            undo=f"swap back to {_what(self.active if keeps_active else self.passive)} at any time",
             warnings=warnings,
             keep=keep,
             image_size=size,

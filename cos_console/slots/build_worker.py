@@ -11,7 +11,7 @@ import struct
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import zstandard
 from isal import isal_zlib
@@ -29,7 +29,7 @@ _READ = 256 << 10
 _HOLE = 64 << 10
 _ZEROS = bytes(_HOLE)
 _ZSTD_WINDOW = 128 << 20
-_GZIP_ERROR: type[Exception] = isal_zlib.IsalError
+_GZIP_ERROR = cast("type[Exception]", isal_zlib.IsalError)  # its type stub calls it an instance
 
 
 class Progressed(NamedTuple):
