@@ -6,6 +6,8 @@ ESP, a snapshotter, /cOS images, then what the images and the disk say about the
 
 from dataclasses import dataclass
 
+from cos_console.formats.fat import Fat
+from cos_console.formats.readat import ReadAt
 from cos_console.host.boot import Bootable, outlook
 from cos_console.host.grub import GrubLook, PlacedTree, look_grub
 from cos_console.host.leftovers import find_leftovers
@@ -52,10 +54,25 @@ class Members:
 
     roles: dict[str, Partition]
     findings: tuple[Finding, ...]
+    uki: bool = False
+    """The boot partition holds unified kernel images: the layout without slots."""
 
 
-def group(disk: Disk, looks: dict[int, Look]) -> Members | None:
-    """The partitions of `disk` that make an installation, None when there is none on it."""
+def is_uki(source: ReadAt) -> bool:
+    """Whether an EFI system partition holds Kairos' unified kernel images. Never raises."""
+    try:
+        fat = Fat(source)
+        kairos = any(n.lower().endswith(".efi") for n in fat.listdir("EFI/kairos"))
+        return kairos and bool(fat.listdir("loader/entries"))
+    except LOOK_ERRORS:
+        return False
+
+
+def group(disk: Disk, looks: dict[int, Look], uki: frozenset[int] = frozenset()) -> Members | None:
+    """The partitions of `disk` that make an installation, None when there is none on it.
+
+    `uki`: numbers of the partitions for which `is_uki` holds.
+    """
     roles: dict[str, Partition] = {}
     findings: list[Finding] = []
     for role, label in ROLES.items():
@@ -84,6 +101,9 @@ def group(disk: Disk, looks: dict[int, Look]) -> Members | None:
             if boot is not None:
                 roles["boot"] = boot
                 break
+    if uki and "state" not in roles:
+        roles["boot"] = next(p for p in disk.partitions if p.number in uki)
+        return Members(roles, tuple(findings), uki=True)
     if "state" not in roles and "recovery" not in roles:
         return None
     return Members(roles, tuple(findings))
@@ -115,7 +135,7 @@ def look_installation(
     used = {p.number: looks[p.number] for p in roles.values() if p.number in looks}
     for look in used.values():
         findings += look.findings
-    layout = _first_layout(roles, state)
+    layout = Layout.KAIROS_UKI if members.uki else _first_layout(roles, state)
     slots: tuple[SlotLook, ...] = ()
     leftovers: tuple[Leftover, ...] = ()
     boot = BootOutlook(next=None, after=None, if_fails=(), explained=_NOT_HANDLED)

@@ -15,7 +15,7 @@ from cos_console.formats.readat import FileReadAt, ReadAt, Window
 from cos_console.formats.superblock import Probe, probe
 from cos_console.host import devices, facts, mounts
 from cos_console.host.devices import BlockDisk, BlockPartition
-from cos_console.host.installation import group, look_installation
+from cos_console.host.installation import group, is_uki, look_installation
 from cos_console.host.looks import Look, look_at
 from cos_console.host.tables import Table, TableEntry, guess_sector_bytes, read_table
 from cos_console.host.trees import Sources, open_read_only
@@ -124,6 +124,7 @@ def _look_disk(
             return _disk(block, None, (), (_unreadable(block, error),)), None
         partitions: list[Partition] = []
         looks: dict[int, Look] = {}
+        uki: set[int] = set()
         findings = list(read.findings)
         for entry in read.entries:
             known = _known(block, entry)
@@ -138,6 +139,8 @@ def _look_disk(
                 findings.append(_finding("COS-PARTITION-UNREADABLE", what, _DMESG))
             partition = _partition(entry, known, found)
             partitions.append(partition)
+            if found.fs_type == "vfat" and is_uki(source):
+                uki.add(entry.number)
             mount = mounts.mount_of(known.devno, table) if known is not None else None
             # An image file is read by its own bytes, also where a loop device stands on it.
             looks[entry.number] = look_at(
@@ -147,7 +150,7 @@ def _look_disk(
                 sources,
             )
         disk = _disk(block, read, tuple(partitions), tuple(findings))
-        members = group(disk, looks)
+        members = group(disk, looks, frozenset(uki))
         if members is None:
             return disk, None
         running = _running(block, looks, root)
@@ -200,7 +203,7 @@ def _disk(
 
 
 def _identity(disk: Disk, roles: dict[str, Partition]) -> str:
-    partition = roles.get("state") or roles["recovery"]
+    partition = roles.get("state") or roles.get("recovery") or roles["boot"]
     return partition.part_uuid or f"{disk.path}#{partition.number}"
 
 

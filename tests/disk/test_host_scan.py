@@ -260,6 +260,33 @@ def test_btrfs_on_cos_state_is_the_btrfs_snapshotter(disk, tmp_path):
     assert found.layout is Layout.ELEMENTAL_V2
 
 
+@pytest.mark.parametrize(("mib", "bits", "sectors"), [(8, 12, 8), (32, 16, 4), (64, 32, 1)])
+def test_unified_kernel_images_are_recognised_and_left_alone(tmp_path, mib, bits, sectors):
+    esp, path = tmp_path / "esp", tmp_path / "uki.img"
+    with esp.open("wb") as f:
+        f.truncate(mib << 20)
+    run(["mkfs.vfat", "-F", bits, "-s", sectors, "-n", "COS_GRUB", esp])
+    (tmp_path / "x").write_bytes(b"MZ" * 5000)
+    for directory in ("EFI", "EFI/kairos", "loader", "loader/entries"):
+        run(["mmd", "-i", esp, f"::{directory}"])
+    for name in (
+        "EFI/kairos/active.efi",
+        "EFI/kairos/a-rather-long-name-of-an-image.efi",
+        "loader/entries/active.conf",
+    ):
+        run(["mcopy", "-i", esp, tmp_path / "x", f"::{name}"])
+    with path.open("wb") as f:
+        f.truncate((mib + 4) << 20)
+    run(["sfdisk", "-q", path], stdin=f"label: gpt\nstart=2048, size={mib}M, type=uefi\n".encode())
+    with path.open("r+b") as f:
+        f.seek(1 << 20)
+        f.write(esp.read_bytes())
+    found = only(path)
+    assert found.layout is Layout.KAIROS_UKI
+    assert "COS-LAYOUT-NOT-HANDLED" in codes(found.findings)
+    assert found.id == found.disk.partitions[0].part_uuid
+
+
 def test_a_disk_with_only_a_recovery_partition_is_vanilla(disk):
     made = disk()
     with made.path.open("r+b") as f:
