@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -656,6 +657,38 @@ def test_looking_changes_not_one_byte(healthy):
     assert _digest(healthy.path) == before
 
 
+def test_a_scan_and_an_idle_watcher_close_no_device_that_was_open_for_writing(healthy, attach):
+    """inotify's close-after-write is what udev itself listens to."""
+    import ctypes
+
+    from cos_console.host.watch import Watcher
+
+    close_write, modify, attributes = 0x8, 0x2, 0x4
+    libc = ctypes.CDLL(None, use_errno=True)
+    loop = attach(healthy.path)
+    watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        for path in (loop, *(f"{loop}p{n}" for n in range(1, 6)), str(healthy.path)):
+            _node(path)
+            assert libc.inotify_add_watch(watch, path.encode(), close_write | modify | attributes) >= 0
+        watcher = Watcher(lambda: None)
+        try:
+            for _ in range(3):
+                scan()
+                scan(Path(loop))
+                scan(healthy.path)
+            time.sleep(0.5)
+        finally:
+            watcher.stop()
+        with pytest.raises(BlockingIOError):
+            os.read(watch, 4096)
+        os.close(os.open(loop, os.O_RDWR))  # the control: a device opened for writing is seen
+        assert os.read(watch, 4096)
+    finally:
+        os.close(watch)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_looking_opens_no_disk_for_writing(healthy, attach, tmp_path):
     loop = attach(healthy.path)
     log = tmp_path / "strace"
