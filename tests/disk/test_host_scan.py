@@ -57,9 +57,18 @@ def attach() -> Iterator[Callable[..., str]]:
     mounts: list[Path] = []
 
     def go(path: Path, *, mount: tuple[int, Path, str] | None = None, sector: int = 512) -> str:
-        loop = run(["losetup", "-f", "--show", "-b", sector, path]).decode().strip()
+        for attempt in range(
+            5
+        ):  # "find a free one" and "take it" are two steps: another process may be faster
+            try:
+                loop = run(["losetup", "-f", "--show", "-b", sector, path]).decode().strip()
+                break
+            except RuntimeError:
+                if attempt == 4:
+                    raise
+                time.sleep(0.2)
         loops.append(loop)
-        run(["partx", "-a", loop])
+        run(["partx", "-u", loop])
         if mount is not None:
             number, at, options = mount
             at.mkdir()
