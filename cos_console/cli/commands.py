@@ -101,7 +101,16 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _idle() -> None:
+    """Say first that somebody is at work: a plan made meanwhile would be stale."""
+    from cos_console import engine
+
+    if (busy := engine.current()) is not None:
+        raise engine.busy_problem(busy)
+
+
 def upgrade(args: argparse.Namespace) -> int:
+    _idle()
     made, settings = _upgrade_plan(args)
     return _act(args, made, settings)
 
@@ -121,6 +130,7 @@ def repair(args: argparse.Namespace) -> int:
 def _simple(args: argparse.Namespace, action: Action, slot: str | None) -> int:
     from cos_console.planner import make_plan
 
+    _idle()
     machine = _scan(args)
     request = Request(
         action=action, installation=_one(machine).id, target_slot=SlotName(slot) if slot else None

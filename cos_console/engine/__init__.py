@@ -4,13 +4,22 @@ Under the run directory each operation has its own: plan.json, events.jsonl, a c
 beside them says who is at work; it is held by flock, so a dead engine holds nothing.
 """
 
-from cos_console.engine.control import OperationHandle, cancel, current, latest, run_directory, start
+from cos_console.engine.control import (
+    OperationHandle,
+    busy_problem,
+    cancel,
+    current,
+    latest,
+    run_directory,
+    start,
+)
 from cos_console.engine.follow import follow
 from cos_console.engine.history import HistoryEntry, history
 
 __all__ = [
     "HistoryEntry",
     "OperationHandle",
+    "busy_problem",
     "cancel",
     "current",
     "follow",

@@ -1,6 +1,5 @@
 """The events of an operation from the first to the last, for any reader, at any time."""
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,8 +63,10 @@ def stamp() -> str:
 
 
 def _alive(directory: Path) -> bool:
+    """A killed engine that its starter has not reaped yet is a zombie, and gone."""
     try:
-        os.kill(int((directory / "pid").read_text()), 0)
-    except (OSError, ValueError):
+        pid = int((directory / "pid").read_text())
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, ValueError, IndexError):
         return False
-    return True
+    return state not in {"Z", "X"}

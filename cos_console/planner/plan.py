@@ -399,7 +399,7 @@ class _Maker:
         action = self.request.action
         if action is Action.CONFIRM:
             return self.request.target_slot or self.inst.running or SlotName.ACTIVE, False
-        other = SlotName.ACTIVE if self.inst.boot.next is SlotName.PASSIVE else SlotName.PASSIVE
+        other = SlotName.ACTIVE if self.inst.boot.after is SlotName.PASSIVE else SlotName.PASSIVE
         return self.request.target_slot or other, action is Action.BOOT_ONCE
 
     def _repair(self) -> Plan:

@@ -7,6 +7,7 @@ holes of everything that was reserved and not written (GRUB reads unwritten exte
 prove the result by reading all of it back past the page cache. No second copy exists anywhere.
 """
 
+import ctypes
 import os
 import secrets
 import signal
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 _REPORT_S = 0.2
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None)
 COS_DIRECTORIES = ("proc", "boot", "dev", "sys", "run", "tmp", "usr/local", "oem")
 """Mount points that cos-upgrade makes in a new image."""
 
@@ -269,6 +272,7 @@ def _start(content: Content, fd: int, space: Space, order: list[int]) -> list[tu
         if pid == 0:
             code = 1
             try:
+                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed engine leaves no worker behind
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 ours.close()
