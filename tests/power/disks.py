@@ -60,7 +60,7 @@ def mounted(file: Path, part: Part, where: Path, options: str = "rw") -> Iterato
 def make_image(path: Path, version: str, label: str, work: Path) -> Path:
     tree = work / f"tree-{path.name}"
     rng = random.Random(version)
-    kernel = f"KERNEL {version}\n".encode() + bytes(48 * 1024) + rng.randbytes(20000)
+    kernel = f"KERNEL {version}\n".encode() + bytes(128 * 1024) + rng.randbytes(20000)
     initrd = f"INITRD {version}\n".encode() + rng.randbytes(20000)
     (tree / "boot").mkdir(parents=True)
     (tree / "etc/cos").mkdir(parents=True)
@@ -74,6 +74,10 @@ def make_image(path: Path, version: str, label: str, work: Path) -> Path:
     with path.open("wb") as f:
         f.truncate(IMAGE_BYTES)
     tool("mke2fs", "-q", "-F", "-t", "ext2", "-b", 1024, "-L", label, "-d", tree, path)
+    with mounted(path, Part("image", 0, IMAGE_BYTES), work / "inner") as root:
+        # mke2fs leaves zeros as holes of the image's own; the kernel's zeros must be blocks of the image,
+        # which an outer file may then hold unwritten
+        (root / "boot/vmlinuz").write_bytes(kernel)
     shutil.rmtree(tree)
     return path
 
