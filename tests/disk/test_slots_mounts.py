@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,5 +45,8 @@ def test_a_range_of_an_image_file_is_mounted_privately_and_goes_with_us(tmp_path
     )
     assert b"hello" in done.stdout, done.stderr.decode()
     assert done.returncode == (-9 if killed else 0), done.stderr.decode()
+    deadline = time.monotonic() + 10  # the kernel clears an unused loop device when it gets to it
+    while str(disk) in tool(["losetup", "-a"]).decode() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert str(disk) not in tool(["losetup", "-a"]).decode()
     assert "cos-console-" not in Path("/proc/self/mounts").read_text()
