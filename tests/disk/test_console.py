@@ -54,14 +54,19 @@ class Terminal:
         self.process.send(keys)
 
     def choose(self, label: str) -> None:
-        """Move the pointer to a choice, then press Enter."""
-        for _ in range(12):
+        """Move the pointer to a choice, up or down as it lies, then press Enter."""
+        end = time.monotonic() + 15
+        while time.monotonic() < end:
             self._read()
-            if any("▶" in row and label in row for row in self.screen.display):
+            rows = self.screen.display
+            pointer = [n for n, row in enumerate(rows) if row.lstrip().startswith("▶")]
+            wanted = [n for n, row in enumerate(rows) if row.lstrip(" ▶").startswith(label)]
+            if pointer and wanted and pointer[0] in wanted:
                 self.press("\r")
                 return
-            self.press("\x1b[B")
-            time.sleep(0.15)
+            if pointer and wanted:
+                self.press("\x1b[B" if wanted[-1] > pointer[0] else "\x1b[A")
+                time.sleep(0.2)
         raise AssertionError(f"no choice {label!r}:\n{self.text()}")
 
 
