@@ -3,7 +3,9 @@
 What changes a disk is planned, shown and confirmed here and done by the engine's own process; this one may die.
 """
 
+import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -161,6 +163,17 @@ class Console(App[int]):
             self.call_after_refresh(self.query_one("#body", VerticalScroll).scroll_end, animate=False)
         self.query_one("#keys", Static).update(
             "  ".join(f"{k.key} {k.word}" for k in page.keys if k.key not in {"h", "F2"})
+        )
+
+    def _handle_exception(self, error: Exception) -> None:
+        """Instead of Textual's traceback on the screen: one sentence, and the details in a file."""
+        with tempfile.NamedTemporaryFile("w", prefix="cos-console-report-", suffix=".txt", delete=False) as f:
+            f.write("".join(traceback.format_exception(error)))
+        self.exit(
+            int(ExitCode.INTERNAL),
+            return_code=int(ExitCode.INTERNAL),
+            message="The console made an error of its own and ended. An operation at work is not harmed by it.\n"
+            f"Start it again, and send {f.name} to the makers.  (COS-INTERNAL)",
         )
 
     # --- off the event loop ----------------------------------------------------------------------------------
