@@ -1,22 +1,31 @@
 """Layers merged into one tree, in memory, by the rules of the OCI image spec (layer.md).
 
 Whiteouts and opaque markers act on the layers below, wherever they stand in their own layer. Parents that are
-symbolic links are followed inside the image's root, absolute ones from it, 40 at most. Nothing leaves the
-root, because there is no other place: the tree is a dictionary. A name with `..` above the root, an absolute
-name and a loop of links are refused, with the entry named.
+symbolic links are followed inside the image's root, absolute ones from it, 40 at most; a link's own `..` stops
+at the root, as it does for a process inside. Nothing leaves the root, because there is no other place: the tree
+is a dictionary. A member name with `..` above the root, an absolute one and a loop of links are refused, with
+the entry named. A directory entry replaces a link or file of that name and keeps a directory; every other entry
+replaces whatever stands there (what umoci and containerd do). Member names are cleaned as text first, again as
+they do: `a/../b` is `b`.
+
+The content of /proc, /sys, /dev, /tmp, /run and /mnt stays as the layers have it: an image's own device nodes
+and empty directories are part of it, and the patterns that the original excludes hit innocent paths elsewhere.
 """
 
 import stat as stat_module
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from typing import NoReturn
 
 from cos_console.formats import tar
 from cos_console.formats.readat import FormatError
-from cos_console.formats.tar import Runs, TarEntry
+from cos_console.formats.tar import Runs, TarEntry, show
 
 MAX_LINKS = 40
+MAX_DEPTH = 1024
+MAX_COMPONENT = 255
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
+_AUFS = b".wh..wh."
 _FORMAT = {
     tar.REGULAR: stat_module.S_IFREG,
     tar.SYMLINK: stat_module.S_IFLNK,
@@ -27,26 +36,42 @@ _FORMAT = {
 }
 
 
-@dataclass(slots=True, eq=False)
 class Node:
     """One inode of the merged tree. Hard links are one Node under several names."""
 
-    mode: int
-    """Type and permission bits, as in st_mode."""
-    uid: int = 0
-    gid: int = 0
-    mtime_ns: int = 0
-    size: int = 0
-    link: bytes = b""
-    xattrs: dict[bytes, bytes] | None = None
-    major: int = 0
-    minor: int = 0
-    runs: Runs = ()
-    children: "dict[bytes, Node] | None" = None
-    inode: int = field(default=0)
-    """Set by the writer."""
-    names: int = field(default=0)
-    """Set by the writer: how many names it has."""
+    __slots__ = (
+        "children",
+        "gid",
+        "inode",
+        "link",
+        "major",
+        "minor",
+        "mode",
+        "mtime_ns",
+        "names",
+        "runs",
+        "size",
+        "uid",
+        "xattrs",
+    )
+
+    def __init__(self, mode: int, mtime_ns: int = 0, children: "dict[bytes, Node] | None" = None) -> None:
+        self.mode = mode
+        """Type and permission bits, as in st_mode."""
+        self.uid = 0
+        self.gid = 0
+        self.mtime_ns = mtime_ns
+        self.size = 0
+        self.link = b""
+        self.xattrs: dict[bytes, bytes] | None = None
+        self.major = 0
+        self.minor = 0
+        self.runs: Runs = ()
+        self.children = children
+        self.inode = 0
+        """Set by the writer."""
+        self.names = 0
+        """Set by the writer: how many names it has."""
 
     @property
     def is_dir(self) -> bool:
@@ -54,51 +79,56 @@ class Node:
 
     @property
     def is_symlink(self) -> bool:
-        return stat_module.S_ISLNK(self.mode)
+        return self.mode & 0o170000 == 0o120000
 
 
 class Tree:
     """The merged tree. Apply layers lowest first."""
 
-    def __init__(self) -> None:
-        self.root = Node(mode=stat_module.S_IFDIR | 0o755, children={})
+    def __init__(self, created_ns: int = 0) -> None:
+        """`created_ns` is the time of directories that no layer describes."""
+        self._created_ns = created_ns
+        self.root = self._new_directory()
 
     def apply(self, entries: Iterable[TarEntry]) -> None:
         """Put one layer on top. Raises FormatError naming the entry that can't be."""
-        listed = list(entries)
-        for entry in listed:
-            head, _, last = entry.name.rpartition(b"/")
-            if last.startswith(_WHITEOUT):
-                self._hide(entry, head, last)
-        parent_name: bytes | None = None
-        parent = self.root
-        for entry in listed:
-            head, _, last = entry.name.rpartition(b"/")
-            if last.startswith(_WHITEOUT):
-                continue
-            if head != parent_name or last in {b"", b".", b".."}:
-                parent, last = self._place(entry)
-                parent_name = head if last else None
+        placed: list[tuple[bytes, bytes, TarEntry]] = []
+        hidden: dict[bytes, Node] = {}
+        for entry in entries:
+            path = clean(entry.name)
+            head, _, last = path.rpartition(b"/")
+            if b".wh." not in path:
+                placed.append((head, last, entry))
+            elif last.startswith(_WHITEOUT) and not (path.startswith(_AUFS) and path != _OPAQUE):
+                self._hide(entry.name, head, last, hidden)
+            elif not path.startswith(_AUFS):  # aufs kept its own books under such names
+                placed.append((head, last, entry))
+        parents: dict[bytes, Node] = {}
+        for head, last, entry in placed:
             if not last:
                 if entry.kind != tar.DIRECTORY:
-                    raise FormatError(f"{_show(entry.name)}: the root can only be a directory")
+                    _refuse(entry.name, "the root can only be a directory")
                 _describe(self.root, entry)
                 continue
-            if self._put(parent, last, entry):
-                parent_name = None  # a link or directory on the way may have changed
+            parent = parents.get(head)
+            if parent is None:
+                parent = parents[head] = self._directory(head, entry.name) if head else self.root
+            if self._put(parent, last, entry, hidden):
+                parents.clear()  # a link or directory that was on the way is another one now
 
     def ensure_directory(self, path: str) -> None:
-        """Make `path` a directory (0755, root) where nothing stands in its way; links are followed."""
-        self._directory([p for p in path.encode().split(b"/") if p], path.encode())
+        """Make `path` a directory (0755, root), links followed; what stands in its way is left as it is."""
+        try:
+            self._directory(path.strip("/").encode(), path.encode())
+        except FormatError:
+            pass
 
     def find(self, path: str) -> Node | None:
         """The node at `path`, links followed inside the root; None when there is none."""
-        parts = [p for p in path.encode().split(b"/") if p and p != b"."]
         try:
-            trail = self._walk(parts, path.encode(), make=False, follow_last=True)
+            return self._walk(clean(path.strip("/").encode()), path.encode())
         except FormatError:
             return None
-        return trail[-1] if trail else None
 
     def walk(self) -> Iterator[tuple[bytes, Node]]:
         """(path with leading slash, node) of everything, parents first; a hard link once for each name."""
@@ -107,138 +137,151 @@ class Tree:
             path, node = stack.pop()
             yield path, node
             if node.children:
-                base = path if path.endswith(b"/") else path + b"/"
+                base = path if path == b"/" else path + b"/"
                 stack += [(base + name, child) for name, child in node.children.items()]
+
+    def path_of(self, wanted: Node) -> str:
+        """Some name of `wanted`, for a message."""
+        return next((show(path) for path, node in self.walk() if node is wanted), "?")
 
     # --- one entry -------------------------------------------------------------------------------------------
 
-    def _hide(self, entry: TarEntry, head: bytes, last: bytes) -> None:
-        parts = _parts(head, entry.name)
-        trail = self._walk(parts, entry.name, make=False, follow_last=True)
-        if not trail or trail[-1].children is None:
+    def _hide(self, named: bytes, head: bytes, last: bytes, hidden: dict[bytes, Node]) -> None:
+        parent = self._walk(head, named)
+        if parent is None or parent.children is None:
             return
+        base = head + b"/" if head else b""
         if last == _OPAQUE:
-            trail[-1].children.clear()
-        else:
-            trail[-1].children.pop(last[len(_WHITEOUT) :], None)
+            hidden.update({base + name: node for name, node in parent.children.items()})
+            parent.children.clear()
+            return
+        name = last[len(_WHITEOUT) :]
+        if name in {b"", b".", b".."}:
+            _refuse(named, "a whiteout that names nothing")
+        gone = parent.children.pop(name, None)
+        if gone is not None:
+            hidden[base + name] = gone
 
-    def _place(self, entry: TarEntry) -> tuple[Node, bytes]:
-        """The directory and the name an entry goes to; an empty name is the root itself."""
-        parts = _parts(entry.name, entry.name)
-        if not parts:
-            return self.root, b""
-        if parts[-1] == b"..":
-            raise FormatError(f"{_show(entry.name)}: a name that ends in ..")
-        return self._directory(parts[:-1], entry.name), parts[-1]
-
-    def _put(self, parent: Node, name: bytes, entry: TarEntry) -> bool:
+    def _put(self, parent: Node, name: bytes, entry: TarEntry, hidden: dict[bytes, Node]) -> bool:
         """Returns whether a directory or link was replaced, so that remembered parents are stale."""
         assert parent.children is not None  # noqa: S101 - for the type checker; _directory gives directories
-        if len(name) > 255:
-            raise FormatError(f"{_show(entry.name)}: a name longer than 255 bytes")
+        if len(name) > MAX_COMPONENT:
+            _refuse(entry.name, f"a name longer than {MAX_COMPONENT} bytes")
         old = parent.children.get(name)
         if entry.kind == tar.HARDLINK:
-            target = self._link_target(entry)
-            parent.children[name] = target
-            return old is not None and (old.is_dir or old.is_symlink)
-        if entry.kind == tar.DIRECTORY and old is not None and old.is_dir:
+            node = self._link_target(entry, hidden)
+            if node is old:
+                return False
+        elif old is not None and old.children is not None and entry.kind == tar.DIRECTORY:
             _describe(old, entry)
             return False
-        node = Node(mode=0, children={} if entry.kind == tar.DIRECTORY else None)
-        _describe(node, entry)
-        if entry.kind == tar.SYMLINK and not entry.link:
-            raise FormatError(f"{_show(entry.name)}: a symbolic link to nothing")
+        else:
+            node = Node(0, 0, {} if entry.kind == tar.DIRECTORY else None)
+            _describe(node, entry)
+            if entry.kind == tar.SYMLINK and not entry.link:
+                _refuse(entry.name, "a symbolic link to nothing")
         parent.children[name] = node
-        return old is not None and (old.is_dir or old.is_symlink)
+        return old is not None and (old.children is not None or old.is_symlink)
 
-    def _link_target(self, entry: TarEntry) -> Node:
-        parts = _parts(entry.link.lstrip(b"/") if entry.link.startswith(b"/") else entry.link, entry.name)
-        trail = self._walk(parts, entry.name, make=False, follow_last=False)
-        if not trail or not parts:
-            raise FormatError(f"{_show(entry.name)}: a hard link to {_show(entry.link)}, which is not there")
-        if trail[-1].is_dir:
-            raise FormatError(f"{_show(entry.name)}: a hard link to a directory")
-        return trail[-1]
+    def _link_target(self, entry: TarEntry, hidden: dict[bytes, Node]) -> Node:
+        path = clean(entry.link.lstrip(b"/"), entry.name)
+        head, _, last = path.rpartition(b"/")
+        parent = self._walk(head, entry.name)
+        node = parent.children.get(last) if parent is not None and parent.children is not None else None
+        if node is None:
+            node = hidden.get(path)  # whited out by this same layer: the link was made before
+        if node is None or not path:
+            _refuse(entry.name, f"a hard link to {show(entry.link)}, which is not there")
+        if node.children is not None:
+            _refuse(entry.name, "a hard link to a directory")
+        return node
 
     # --- walking ---------------------------------------------------------------------------------------------
 
-    def _directory(self, parts: list[bytes], named: bytes) -> Node:
-        trail = self._walk(parts, named, make=True, follow_last=True)
-        return trail[-1]
+    def _directory(self, path: bytes, named: bytes) -> Node:
+        """The directory at `path`, made where it is missing. Raises FormatError where a file stands."""
+        node = self._walk(path, named, make=True)
+        if node is None or node.children is None:
+            _refuse(named, "its parent is not a directory")
+        return node
 
-    def _walk(self, parts: list[bytes], named: bytes, *, make: bool, follow_last: bool) -> list[Node]:
-        """Nodes from the root to the end of `parts`; empty when it is not there and not to be made."""
+    def _walk(self, path: bytes, named: bytes, *, make: bool = False) -> Node | None:
+        """The node at `path` (clean), every link followed; None when it is not there and not to be made."""
+        if not path:
+            return self.root
         trail = [self.root]
-        todo = list(parts)
+        todo = path.split(b"/")
+        todo.reverse()
+        if len(todo) > MAX_DEPTH:
+            _refuse(named, f"more than {MAX_DEPTH} directories deep")
         links = 0
         while todo:
-            part = todo.pop(0)
-            if part == b"..":
-                if len(trail) == 1:
-                    raise FormatError(f"{_show(named)}: leads above the image's root")
-                trail.pop()
+            part = todo.pop()
+            if part == b"..":  # only from a link: names are clean
+                if len(trail) > 1:
+                    trail.pop()
                 continue
             here = trail[-1].children
             if here is None:
-                if make:
-                    raise FormatError(f"{_show(named)}: its parent is not a directory")
-                return []
+                return trail[-1] if make else None  # the caller refuses what is no directory
             node = here.get(part)
             if node is None:
                 if not make:
-                    return []
-                if len(part) > 255:
-                    raise FormatError(f"{_show(named)}: a name longer than 255 bytes")
-                node = here[part] = Node(mode=stat_module.S_IFDIR | 0o755, children={})
-            elif node.is_symlink and (todo or follow_last):
+                    return None
+                if len(part) > MAX_COMPONENT:
+                    _refuse(named, f"a name longer than {MAX_COMPONENT} bytes")
+                node = here[part] = self._new_directory()
+            elif node.is_symlink:
                 links += 1
                 if links > MAX_LINKS:
-                    raise FormatError(f"{_show(named)}: more than {MAX_LINKS} symbolic links on the way")
+                    _refuse(named, f"more than {MAX_LINKS} symbolic links on the way")
                 if node.link.startswith(b"/"):
-                    trail = trail[:1]
-                target = [p for p in node.link.split(b"/") if p and p != b"."]
-                # A link's own `..` at the root stays there, as it does for a process inside that root.
-                todo = _inside(target, len(trail) - 1) + todo
+                    del trail[1:]
+                todo += [p for p in reversed(node.link.split(b"/")) if p and p != b"."]
                 continue
-            elif make and not node.is_dir and not todo:
-                raise FormatError(f"{_show(named)}: its parent is not a directory")
             trail.append(node)
-        return trail
+        return trail[-1]
+
+    def _new_directory(self) -> Node:
+        return Node(stat_module.S_IFDIR | 0o755, self._created_ns, {})
 
 
-def _inside(parts: list[bytes], depth: int) -> list[bytes]:
-    """`parts` of a link without the `..` that would go above the root from `depth` directories down."""
-    kept = []
-    for part in parts:
+def clean(name: bytes, named: bytes | None = None) -> bytes:
+    """A member's name as a path from the root: no empty parts, `.` or `..`; empty for the root itself.
+
+    Raises FormatError, naming `named`, for an absolute name and one that leads above the root.
+    """
+    if name and name[0] != 0x2F and b"/." not in name and b"//" not in name and name[0] != 0x2E:
+        return name[:-1] if name[-1] == 0x2F else name
+    if name.startswith(b"/"):
+        _refuse(named or name, "an absolute name")
+    kept: list[bytes] = []
+    for part in name.split(b"/"):
         if part == b"..":
-            if depth == 0:
-                continue
-            depth -= 1
-        else:
-            depth += 1
-        kept.append(part)
-    return kept
-
-
-def _parts(path: bytes, named: bytes) -> list[bytes]:
-    if path.startswith(b"/"):
-        raise FormatError(f"{_show(named)}: an absolute name")
-    parts = [p for p in path.split(b"/") if p and p != b"."]
-    depth = 0
-    for part in parts:
-        depth += -1 if part == b".." else 1
-        if depth < 0:
-            raise FormatError(f"{_show(named)}: leads above the image's root")
-    return parts
+            if not kept:
+                _refuse(named or name, "leads above the image's root")
+            kept.pop()
+        elif part and part != b".":
+            kept.append(part)
+    return b"/".join(kept)
 
 
 def _describe(node: Node, entry: TarEntry) -> None:
-    node.mode = _FORMAT[entry.kind] | entry.mode
-    node.uid, node.gid = entry.uid, entry.gid
-    node.mtime_ns, node.size, node.link = entry.mtime_ns, entry.size, entry.link
-    node.xattrs = entry.xattrs
-    node.major, node.minor, node.runs = entry.major, entry.minor, entry.runs
+    _, kind, mode, uid, gid, mtime_ns, size, link, xattrs, major, minor, runs = entry
+    node.mode = _FORMAT[kind] | mode
+    node.uid = uid
+    node.gid = gid
+    node.mtime_ns = mtime_ns
+    node.xattrs = xattrs
+    if kind == tar.REGULAR:
+        node.size = size
+        node.runs = runs
+    elif kind == tar.SYMLINK:
+        node.link = link
+    else:
+        node.major = major
+        node.minor = minor
 
 
-def _show(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
+def _refuse(name: bytes, why: str) -> NoReturn:
+    raise FormatError(f"{show(name)}: {why}")

@@ -1,19 +1,29 @@
-"""Tar streams as container layers have them: ustar, pax and GNU headers, strictly read, once, forwards.
+"""Tar streams as container layers have them, read once, forwards, strictly.
 
-Sources: POSIX.1-2001 pax, GNU tar manual "Basic Tar Format", OCI image spec layer.md (xattrs in
-SCHILY.xattr.* records). A header whose checksum is wrong, a stream that ends early, a length that can't be:
-FormatError with the entry named. File content never passes through here as a whole: `store` takes it.
+Sources: POSIX.1-2001 pax (records of `x` and `g` headers), the GNU tar manual ("Basic Tar Format", "Storing
+Sparse Files": old GNU, 0.0, 0.1 and 1.0), star's SCHILY.xattr.* and libarchive's LIBARCHIVE.xattr.* records,
+OCI image spec layer.md. A wrong checksum, a stream that ends early, a number or a name that can't be:
+FormatError with the entry named. File content is not touched here: `store` takes it out of the stream.
 """
 
+import base64
+import binascii
+import re
+import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from isal import isal_zlib
 
 from cos_console.formats.readat import FormatError
 
 BLOCK = 512
-MAX_NAME = 4096
+MAX_NAME = 4095
 MAX_PAX = 1 << 20
+"""Bytes of one extension header, as Go's archive/tar has it."""
 MAX_ENTRIES = 1_000_000
+MAX_SPARSE_PARTS = 100_000
 
 REGULAR, HARDLINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = (
     b"0",
@@ -24,20 +34,30 @@ REGULAR, HARDLINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = (
     b"5",
     b"6",
 )
+_KINDS = frozenset({REGULAR, HARDLINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO})
+_EXTENSIONS = frozenset({b"x", b"g", b"L", b"K"})
 
 _ZERO = bytes(BLOCK)
-_XATTR = (b"SCHILY.xattr.", b"LIBARCHIVE.xattr.")
+# name mode uid gid size mtime checksum kind link magic major minor prefix
+_HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s64x8s8s155s12x")
+_SCHILY, _LIBARCHIVE = b"SCHILY.xattr.", b"LIBARCHIVE.xattr."
+_ADLER = 65521
+_TIME = re.compile(rb"(-?)(\d{1,19})(?:\.(\d*))?")
 
 Runs = tuple[tuple[int, int, int], ...]
 """(first block in the file, first block on the file system, blocks): what `store` made of a file's content."""
 
+Parts = tuple[tuple[int, int], ...]
+"""(offset in the file, bytes) of the ranges of a sparse file that have data, in order."""
+
 
 class TarEntry(NamedTuple):
-    """One member. `kind` is the type flag; `name` and `link` are as written, without a trailing slash."""
+    """One member. `name` and `link` are as written, `size` is what the file will have, holes included."""
 
     name: bytes
     kind: bytes
     mode: int
+    """Permission bits only, set-id and sticky bits included."""
     uid: int
     gid: int
     mtime_ns: int
@@ -50,212 +70,357 @@ class TarEntry(NamedTuple):
 
 
 class ByteStream:
-    """Chunks of bytes of any length, taken in pieces of a wanted length."""
+    """Chunks of bytes of any length as one stream. Who is in a hurry reads `data` from `at` on by himself."""
+
+    __slots__ = ("_next", "at", "data")
 
     def __init__(self, next_chunk: Callable[[], bytes]) -> None:
         self._next = next_chunk
-        self._data = b""
-        self._at = 0
+        self.data = b""
+        self.at = 0
 
-    def take(self, length: int) -> bytes:
-        """Exactly `length` bytes; fewer only when the stream has ended."""
-        data, at = self._data, self._at
-        end = at + length
-        if end <= len(data):
-            self._at = end
-            return data[at:end]
-        parts = [data[at:]]
-        have = len(data) - at
+    def ensure(self, length: int) -> bool:
+        """Have `length` bytes in `data` from `at` on; False when the stream ends before."""
+        have = len(self.data) - self.at
+        if have >= length:
+            return True
+        parts = [self.data[self.at :]] if have else []
         while have < length:
             chunk = self._next()
             if not chunk:
-                self._data, self._at = b"", 0
-                return b"".join(parts)
+                break
             parts.append(chunk)
             have += len(chunk)
-        joined = b"".join(parts)
-        self._data, self._at = joined, length
-        return joined[:length]
+        self.data = parts[0] if len(parts) == 1 else b"".join(parts)
+        self.at = 0
+        return have >= length
+
+    def take(self, length: int) -> bytes:
+        """Exactly `length` bytes; fewer only when the stream has ended."""
+        self.ensure(length)
+        part = self.data[self.at : self.at + length]
+        self.at += len(part)
+        return part
 
     def drain(self) -> None:
         """Read to the end, so that a digest over the stream covers all of it."""
-        self._data, self._at = b"", 0
+        self.data, self.at = b"", 0
         while self._next():
             pass
 
 
-Store = Callable[[ByteStream, int], Runs]
+Store = Callable[[ByteStream, int, Parts | None], Runs]
+"""Takes a file's content from the stream: `size` bytes, or the given parts of a sparse file of `size` bytes."""
 
 
-def read_tar(stream: ByteStream, store: Store) -> Iterator[TarEntry]:
-    """Members in order; `store(stream, size)` must take exactly `size` bytes of content. Raises FormatError."""
-    take = stream.take
+class _Numbers(dict[bytes, int]):
+    """Header fields to numbers, remembered: an image has few owners, modes and sizes."""
+
+    def __missing__(self, field: bytes) -> int:
+        if field[0] & 0x80:  # GNU base-256: two's complement behind the mark
+            bits = 8 * len(field) - 1
+            value = int.from_bytes(field, "big") & ((1 << bits) - 1)
+            if field[0] & 0x40:
+                value -= 1 << bits
+        else:
+            text = field.strip(b" \0")
+            if text and (not text.isdigit() or b"8" in text or b"9" in text):
+                raise FormatError(f"{text[:12]!r} is no octal number")
+            value = int(text, 8) if text else 0
+        if len(self) > 20_000:
+            self.clear()
+        self[field] = value
+        return value
+
+
+def read_tar(stream: ByteStream, store: Store, *, max_entries: int = MAX_ENTRIES) -> Iterator[TarEntry]:
+    """Members in order; content goes to `store`. Ends with the stream drained. Raises FormatError."""
+    numbers = _Numbers()
+    adler = isal_zlib.adler32
+    unpack = _HEADER.unpack
     pax: dict[bytes, bytes] = {}
-    global_pax: dict[bytes, bytes] = {}
+    standing: dict[bytes, bytes] = {}
     long_name = long_link = None
-    count = 0
+    entries = 0
     while True:
-        header = take(BLOCK)
-        if len(header) == 0 and not (pax or long_name or long_link):
-            return  # some writers leave the two zero blocks out
-        if len(header) < BLOCK:
+        if not stream.ensure(BLOCK):
+            if len(stream.data) == stream.at and not (pax or long_name or long_link):
+                return  # some writers leave the two zero blocks out
             raise FormatError("the tar stream ends inside a header")
+        at = stream.at
+        header = stream.data[at : at + BLOCK]
+        stream.at = at + BLOCK
         if header == _ZERO:
+            if stream.ensure(BLOCK) and not stream.data.startswith(_ZERO, stream.at):
+                raise FormatError("the tar stream goes on behind its end mark")
             stream.drain()
             return
-        _verify(header)
-        kind = header[156:157]
-        size = _number(header[124:136], "size")
-        if kind in b"xgLK" and kind:
-            if size > MAX_PAX:
-                raise FormatError(f"a tar extension header of {size} bytes; {MAX_PAX} are allowed")
-            body = take(size + (-size % BLOCK))[:size]
-            if len(body) < size:
-                raise FormatError("the tar stream ends inside an extension header")
-            if kind == b"x":
-                pax = _records(body)
-            elif kind == b"g":
-                global_pax.update(_records(body))
-            elif kind == b"L":
-                long_name = body.rstrip(b"\0")
+        name, mode, uid, gid, length, mtime, checksum, kind, link, magic, major, minor, prefix = unpack(
+            header
+        )
+        # Adler-32's low half is one more than the sum of the bytes, modulo 65521, at memory speed.
+        try:
+            stated = numbers[checksum]
+        except FormatError:
+            raise FormatError("a tar header's checksum is no number") from None
+        if adler(header) & 0xFFFF != (stated + sum(checksum) - 255) % _ADLER:
+            _verify_signed(header, stated)
+        name = name.rstrip(b"\0") if name[-1] == 0 else name
+        if b"\0" in name:
+            name = name[: name.index(b"\0")]
+        if prefix[0] and magic[:6] == b"ustar\0":
+            name = prefix[: 131 if header[508:] == b"tar\0" else 155].split(b"\0", 1)[0] + b"/" + name
+        try:
+            size = numbers[length]
+            if kind in _EXTENSIONS:
+                body = _extension(stream, size)
+                if kind == b"x":
+                    pax = _records(body)
+                elif kind == b"g":
+                    standing.update(_records(body))
+                elif kind == b"L":
+                    long_name = body.rstrip(b"\0")
+                else:
+                    long_link = body.rstrip(b"\0")
+                continue
+            link = long_link if long_link is not None else link.split(b"\0", 1)[0]
+            if long_name is not None:
+                name = long_name
+            sparse: Parts | None = None
+            xattrs: dict[bytes, bytes] | None = None
+            mtime_ns = numbers[mtime] * 1_000_000_000
+            owner, group = numbers[uid], numbers[gid]
+            if pax or standing:
+                pax = {**standing, **pax} if standing else pax
+                name = pax.get(b"path") or name
+                link = pax.get(b"linkpath") or link
+                size = _decimal(pax, b"size", size)
+                owner, group = _decimal(pax, b"uid", owner), _decimal(pax, b"gid", group)
+                if b"mtime" in pax:
+                    mtime_ns = _time(pax[b"mtime"])
+                xattrs = _xattrs(pax)
+            if size < 0:
+                raise FormatError("a negative size")
+            if kind in {b"\0", b"7"}:
+                kind = DIRECTORY if kind == b"\0" and name.endswith(b"/") else REGULAR
+            elif kind == b"S":
+                size, sparse = _old_sparse(stream, header, numbers, size)
+                kind = REGULAR
+            if kind not in _KINDS:
+                raise FormatError(f"a kind of tar member that is not known ({kind!r})")
+            if kind == REGULAR:
+                if any(key.startswith(b"GNU.sparse.") for key in pax):
+                    name, size, sparse = _pax_sparse(stream, pax, name, size)
             else:
-                long_link = body.rstrip(b"\0")
-            continue
-        count += 1
-        if count > MAX_ENTRIES:
-            raise FormatError(f"more than {MAX_ENTRIES} entries in one layer")
-        entry, size = _entry(
-            header, kind, size, {**global_pax, **pax} if global_pax else pax, long_name, long_link
-        )
-        if entry.kind == REGULAR:
+                size = 0  # links, devices and directories have no content, whatever the header says
+            if not (0 <= owner < 0xFFFFFFFF and 0 <= group < 0xFFFFFFFF):
+                raise FormatError(f"owner {owner}:{group} is out of range")
+            if len(name) > MAX_NAME or len(link) > MAX_NAME:
+                raise FormatError(f"a name longer than {MAX_NAME} bytes")
+            if not name:
+                raise FormatError("an empty name")
+            if b"\0" in name or b"\0" in link:
+                raise FormatError("a NUL byte in a name")
+            entries += 1
+            if entries > max_entries:
+                raise FormatError(f"more than {max_entries} entries in the image")
+            runs: Runs = ()
             if size:
-                entry = entry._replace(runs=store(stream, size))
-            if len(take(-size % BLOCK)) != -size % BLOCK:
-                raise FormatError(f"the tar stream ends inside {_show(entry.name)}")
+                runs = store(stream, size, sparse)
+                stored = sum(length for _, length in sparse) if sparse is not None else size
+                padding = -stored % BLOCK
+                if padding and len(stream.take(padding)) != padding:
+                    raise FormatError("the tar stream ends inside this file")
+            device = kind in {CHARACTER, BLOCK_DEVICE}
+            entry = TarEntry(
+                name,
+                kind,
+                numbers[mode] & 0o7777,
+                owner,
+                group,
+                mtime_ns,
+                size,
+                link,
+                xattrs,
+                numbers[major] if device else 0,
+                numbers[minor] if device else 0,
+                runs,
+            )
+        except FormatError as e:
+            shown = long_name or pax.get(b"path") or name
+            raise FormatError(f"{show(shown)}: {e}") from None
         yield entry
-        pax, long_name, long_link = {}, None, None
+        if pax:
+            pax = {}
+        long_name = long_link = None
 
 
-def _entry(
-    header: bytes,
-    kind: bytes,
-    size: int,
-    pax: dict[bytes, bytes],
-    long_name: bytes | None,
-    long_link: bytes | None,
-) -> tuple[TarEntry, int]:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    name = pax.get(b"path", long_name if long_name is not None else name)
-    link = long_link if long_link is not None else header[157:257].split(b"\0", 1)[0]
-    link = pax.get(b"linkpath", link)
-    if len(name) > MAX_NAME or len(link) > MAX_NAME:
-        raise FormatError(f"{_show(name[:80])}…: a name longer than {MAX_NAME} bytes")
-    if b"\0" in name or b"\0" in link:
-        raise FormatError(f"{_show(name)}: a NUL byte in a name")
-    if kind in {b"\0", b"7"}:
-        kind = DIRECTORY if name.endswith(b"/") and kind == b"\0" else REGULAR
-    if kind == b"S" or any(k.startswith(b"GNU.sparse.") for k in pax):
-        raise FormatError(
-            f"{_show(name)}: GNU sparse members don't occur in container layers and are refused"
-        )
-    if kind not in {REGULAR, HARDLINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO}:
-        raise FormatError(f"{_show(name)}: unknown kind of tar member {kind!r}")
-    mtime_ns = _number(header[136:148], "mtime") * 1_000_000_000
-    uid, gid = _number(header[108:116], "uid"), _number(header[116:124], "gid")
-    xattrs: dict[bytes, bytes] | None = None
-    if pax:
-        if b"size" in pax:
-            size = _decimal(pax[b"size"], name)
-        if b"uid" in pax:
-            uid = _decimal(pax[b"uid"], name)
-        if b"gid" in pax:
-            gid = _decimal(pax[b"gid"], name)
-        if b"mtime" in pax:
-            mtime_ns = _time(pax[b"mtime"], name)
-        xattrs = {k[len(p) :]: v for k, v in pax.items() for p in _XATTR if k.startswith(p)} or None
-    if not (0 <= uid < 1 << 32 and 0 <= gid < 1 << 32):
-        raise FormatError(f"{_show(name)}: owner {uid}:{gid} is out of range")
-    if size < 0:
-        raise FormatError(f"{_show(name)}: a negative size")
-    if kind != REGULAR:
-        size = 0
-    device = kind in {CHARACTER, BLOCK_DEVICE}
-    return (
-        TarEntry(
-            name=name.rstrip(b"/") if name != b"/" else name,
-            kind=kind,
-            mode=_number(header[100:108], "mode") & 0o7777,
-            uid=uid,
-            gid=gid,
-            mtime_ns=mtime_ns,
-            size=size,
-            link=link,
-            xattrs=xattrs,
-            major=_number(header[329:337], "device") if device else 0,
-            minor=_number(header[337:345], "device") if device else 0,
-            runs=(),
-        ),
-        size,
-    )
+def show(name: bytes) -> str:
+    """A member's name for a message: readable, at most 120 characters."""
+    text = name.decode("utf-8", "backslashreplace")
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return text if len(text) <= 120 else text[:80] + "…" + text[-39:]
 
 
-def _verify(header: bytes) -> None:
-    stated = _number(header[148:156], "checksum")
-    if sum(header[:148]) + 256 + sum(header[156:]) != stated:
+def _verify_signed(header: bytes, stated: int) -> None:
+    """Some old writers summed signed characters. Raises FormatError when that isn't it either."""
+    field = header[:148] + b" " * 8 + header[156:]
+    if sum(field) != stated and sum(b - 256 if b > 127 else b for b in field) != stated:
         raise FormatError("a tar header's checksum is wrong")
 
 
-def _number(field: bytes, what: str) -> int:
-    """Octal text, or GNU base-256 (top bit set, two's complement)."""
-    if field[0] & 0x80:
-        value = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
-        if field[0] & 0x40:
-            value -= 1 << (8 * len(field) - 1)
-        return value
-    text = field.strip(b"\0 ")
-    try:
-        return int(text, 8) if text else 0
-    except ValueError:
-        raise FormatError(f"a tar header's {what} is no number") from None
+def _extension(stream: ByteStream, size: int) -> bytes:
+    if not 0 <= size <= MAX_PAX:
+        raise FormatError(f"a tar extension header of {size} bytes; {MAX_PAX} are allowed")
+    body = stream.take(size + -size % BLOCK)
+    if len(body) < size + -size % BLOCK:
+        raise FormatError("the tar stream ends inside an extension header")
+    return body[:size]
 
 
 def _records(body: bytes) -> dict[bytes, bytes]:
-    """pax records: `length key=value LF`."""
-    records = {}
+    """pax records, `length key=value LF`. GNU sparse 0.0 repeats two keys: they are gathered into a map."""
+    records: dict[bytes, bytes] = {}
+    pairs: list[bytes] = []
     at = 0
     while at < len(body):
         space = body.find(b" ", at, at + 20)
         if space < 0 or not body[at:space].isdigit():
             raise FormatError("a damaged pax record")
-        length = int(body[at:space])
-        end = at + length
+        end = at + int(body[at:space])
         key, equals, value = body[space + 1 : end - 1].partition(b"=")
-        if length < 5 or end > len(body) or not equals or body[end - 1] != 0x0A:
+        if end > len(body) or end <= space + 2 or not equals or not key or body[end - 1] != 0x0A:
             raise FormatError("a damaged pax record")
-        records[key] = value
+        if key in {b"GNU.sparse.offset", b"GNU.sparse.numbytes"}:
+            pairs.append(value)
+        else:
+            records[key] = value
         at = end
+    if pairs:
+        records[b"GNU.sparse.map"] = b",".join(pairs)
     return records
 
 
-def _decimal(text: bytes, name: bytes) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise FormatError(f"{_show(name)}: a pax number is none") from None
+def _decimal(pax: dict[bytes, bytes], key: bytes, default: int) -> int:
+    text = pax.get(key)
+    if not text:  # an empty value takes a standing one back
+        return default
+    if not text.isdigit() or len(text) > 20:
+        raise FormatError(f"{key.decode(errors='replace')} in a pax header is no number")
+    return int(text)
 
 
-def _time(text: bytes, name: bytes) -> int:
+def _time(text: bytes) -> int:
     """Seconds with a fraction, perhaps negative, to nanoseconds."""
-    whole, _, fraction = text.partition(b".")
-    try:
-        seconds = int(whole or b"0")
-        ns = int((fraction[:9]).ljust(9, b"0")) if fraction else 0
-    except ValueError:
-        raise FormatError(f"{_show(name)}: a pax time is none") from None
-    return seconds * 1_000_000_000 + (-ns if whole.startswith(b"-") else ns)
+    found = _TIME.fullmatch(text)
+    if found is None:
+        raise FormatError("mtime in a pax header is no number")
+    fraction = (found[3] or b"")[:9].ljust(9, b"0")
+    ns = int(found[2]) * 1_000_000_000 + int(fraction)
+    return -ns if found[1] else ns
 
 
-def _show(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
+def _xattrs(pax: dict[bytes, bytes]) -> dict[bytes, bytes] | None:
+    found: dict[bytes, bytes] = {}
+    for key, value in pax.items():
+        if key.startswith(_SCHILY):
+            found[key[len(_SCHILY) :]] = value
+        elif key.startswith(_LIBARCHIVE):
+            try:
+                raw = base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
+            except binascii.Error:
+                raise FormatError("an extended attribute that is not base64") from None
+            found.setdefault(unquote_to_bytes(key[len(_LIBARCHIVE) :]), raw)
+    if any(not key or b"\0" in key for key in found):
+        raise FormatError("an extended attribute with an impossible name")
+    return found or None
+
+
+# --- sparse files --------------------------------------------------------------------------------------------
+
+
+def _old_sparse(stream: ByteStream, header: bytes, numbers: _Numbers, stored: int) -> tuple[int, Parts]:
+    """Type S: four pairs in the header, 21 in each block that follows. (Size of the file, its parts.)"""
+    numbers_of: list[int] = []
+
+    def gather(block: bytes, start: int, count: int) -> None:
+        for n in range(start, start + 24 * count, 24):
+            offset, length = block[n : n + 12], block[n + 12 : n + 24]
+            if offset[0] == 0:
+                return
+            numbers_of.extend((numbers[offset], numbers[length]))
+
+    gather(header, 386, 4)
+    more = header[482]
+    while more:
+        block = stream.take(BLOCK)
+        if len(block) < BLOCK:
+            raise FormatError("the tar stream ends inside a sparse map")
+        gather(block, 0, 21)
+        more = block[504]
+        if len(numbers_of) > 2 * MAX_SPARSE_PARTS:
+            break
+    return _checked(numbers_of, numbers[header[483:495]], stored)
+
+
+def _pax_sparse(
+    stream: ByteStream, pax: dict[bytes, bytes], name: bytes, stored: int
+) -> tuple[bytes, int, Parts]:
+    """(Name, size of the file, parts) by the GNU.sparse.* records."""
+    name = pax.get(b"GNU.sparse.name") or name
+    size = _decimal(pax, b"GNU.sparse.realsize", _decimal(pax, b"GNU.sparse.size", -1))
+    if size < 0:
+        raise FormatError("a sparse file without a size")
+    if pax.get(b"GNU.sparse.major") == b"1":
+        values, used = _map_in_data(stream, stored)
+        stored -= used
+    else:
+        text = pax.get(b"GNU.sparse.map", b"")
+        values = [_plain(part) for part in text.split(b",")] if text else []
+    size, parts = _checked(values, size, stored)
+    return name, size, parts
+
+
+def _map_in_data(stream: ByteStream, stored: int) -> tuple[list[int], int]:
+    """Version 1.0: decimal lines before the data, filled up to a whole block. (Numbers, bytes taken.)"""
+    text = b""
+    used = 0
+    wanted: int | None = None
+    while True:
+        if used + BLOCK > stored or used > 40 * MAX_SPARSE_PARTS:
+            raise FormatError("a sparse map that does not end")
+        block = stream.take(BLOCK)
+        if len(block) < BLOCK:
+            raise FormatError("the tar stream ends inside a sparse map")
+        used += BLOCK
+        text += block
+        lines = text.split(b"\n")
+        if wanted is None and len(lines) > 1:
+            wanted = _plain(lines[0])
+            if wanted > MAX_SPARSE_PARTS:
+                raise FormatError("a sparse map with too many parts")
+        if wanted is not None and len(lines) > 2 * wanted + 1:
+            return [_plain(line) for line in lines[1 : 2 * wanted + 1]], used
+
+
+def _checked(values: list[int], size: int, stored: int) -> tuple[int, Parts]:
+    if len(values) % 2 or len(values) > 2 * MAX_SPARSE_PARTS:
+        raise FormatError("a damaged sparse map")
+    at = total = 0
+    parts = []
+    for offset, length in zip(values[::2], values[1::2], strict=True):
+        if offset < at or length < 0 or offset + length > size:
+            raise FormatError("a damaged sparse map")
+        at = offset + length
+        total += length
+        if length:
+            parts.append((offset, length))
+    if total != stored:
+        raise FormatError("a sparse map that does not fit the data")
+    return size, tuple(parts)
+
+
+def _plain(text: bytes) -> int:
+    if not text.isdigit() or len(text) > 20:
+        raise FormatError("a damaged sparse map")
+    return int(text)

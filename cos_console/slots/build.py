@@ -1,47 +1,68 @@
 """An image built from layers, straight into its file: fetch, check, inflate, lay out, prove.
 
 Two worker processes take layers, the biggest first. Each hashes and inflates its stream and writes file
-content at freshly allocated blocks with O_DIRECT from a writer thread; what comes back is a list of entries.
-The parent merges them (formats/layers.py), writes the rest of the file system (formats/ext4/writer.py), makes
-holes of everything that was reserved and not written (GRUB reads unwritten extents as stale data), and can
-prove the result by reading all of it back past the page cache. No second copy exists anywhere.
+content at freshly allocated blocks past the page cache; what comes back is a list of entries. The parent merges
+them (formats/layers.py), writes the rest of the file system (formats/ext4/writer.py), makes holes of everything
+that was reserved and not written (GRUB reads unwritten extents as stale data), and can prove the result by
+reading all of it back past the page cache; what the workers wrote is read back while later layers still come.
+No second copy exists anywhere. The same image and spec give the same bytes, unless a layer is so much larger
+than its share that it needs another one's room.
 """
 
-import ctypes
+import gc
+import hashlib
 import os
-import secrets
 import signal
+import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 
 from cos_console.formats.ext4 import layout
-from cos_console.formats.ext4.writer import Ext4Writer
-from cos_console.formats.layers import Tree
+from cos_console.formats.ext4.writer import Ext4Writer, NoRoom, Written, claimed
+from cos_console.formats.layers import Node, Tree
 from cos_console.formats.readat import FormatError
 from cos_console.formats.tar import TarEntry
 from cos_console.model.image import Content
 from cos_console.model.problem import ExitCode, Problem, from_report
-from cos_console.slots.build_pieces import Piece, PieceWriter, punch, read_back, unwritten_extents
-from cos_console.slots.build_worker import LayerDone, Progressed, Space, WorkerFailed, work
+from cos_console.slots import build_worker
+from cos_console.slots.build_pieces import Mismatch, Piece, PieceWriter, Reader, check_all, without
+from cos_console.slots.build_room import data_ranges, dig_unwritten, punch, reserve, unwritten_extents
+from cos_console.slots.build_space import Space
+from cos_console.slots.build_worker import (
+    Counters,
+    Entries,
+    LayerDone,
+    Limits,
+    Worker,
+    WorkerDone,
+    WorkerFailed,
+)
 
 __all__ = [
     "BuildProgress",
     "BuildResult",
+    "Contexts",
     "ImageSpec",
+    "ImageTree",
     "ProofResult",
     "build_image",
+    "dig_unwritten",
     "prove_image",
     "unwritten_extents",
 ]
 
 _REPORT_S = 0.2
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_libc = ctypes.CDLL(None)
-COS_DIRECTORIES = ("proc", "boot", "dev", "sys", "run", "tmp", "usr/local", "oem")
-"""Mount points that cos-upgrade makes in a new image."""
+_POLL_S = 0.1
+_ZERO_MOST = 64 << 10
+"""Ranges up to this size are filled with zeros; larger ones become holes."""
+COS_DIRECTORIES = ("proc", "boot", "dev", "sys", "run", "tmp", "mnt", "host", "usr/local", "oem")
+"""Mount points that cos-upgrade makes in a new image, and those that the workings of cOS want."""
+
+Contexts = Callable[[bytes, int], bytes | None]
+"""SELinux context, without the final NUL, for (path with leading slash, st_mode); None leaves the file as it is."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +72,25 @@ class ImageSpec:
     size_bytes: int
     label: str
     uuid: bytes | None = None
-    """16 bytes; None: random."""
+    """16 bytes; None: made from the image's digests, the label and the size."""
     created_s: int | None = None
     """Seconds since 1970; None: now."""
     directories: tuple[str, ...] = COS_DIRECTORIES
-    contexts: Callable[[bytes, int], bytes | None] | None = None
-    """SELinux context for (path, mode), without the final NUL; None: no label."""
+    contexts: Contexts | None = None
+    contexts_from: "Callable[[ImageTree], Contexts | None] | None" = None
+    """As `contexts`, but made from the merged tree: file_contexts lies inside the image."""
+    keep_reserved: bool = False
+    """Leave the room that was not written reserved, because the image will be mounted and written into; the
+    caller ends that with `dig_unwritten` and proves the result by other means."""
+    prove_while_writing: bool = True
+    check_diff_ids: bool = False
+    """Also where a layer has a digest that is checked: some 0.4 s more for a gigabyte."""
+    workers: int = 2
+    entry_limit: int = 500_000
+    window_limit_bytes: int = 32 << 20
+    """Of zstd, for each worker: what its level 20 wants. Bounds memory."""
+    inflated_limit_bytes: int | None = None
+    """Of all layers together; None: four times the image and a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +99,12 @@ class BuildProgress:
 
     bytes_done: int
     bytes_total: int
+    """0 where not known."""
     rate_bps: float = 0.0
     waiting_s: float = 0.0
     detail: str = ""
     refetch_bytes: int = 0
+    """What would be fetched again if it stopped now."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +112,21 @@ class BuildResult:
     """What was written. `pieces` is what a proof compares against."""
 
     entries: int
+    """Inodes."""
+    files: int
+    directories: int
     transfer_bytes: int
+    inflated_bytes: int
     written_bytes: int
     used_bytes: int
     """Blocks in use inside the image."""
     size_bytes: int
     uuid: str
+    label: str
+    warnings: tuple[str, ...]
+    elapsed_s: float
+    stamp_ns: int
+    """Modification time given to the file at the end: another one means that somebody wrote into it since."""
     pieces: tuple[Piece, ...] = field(repr=False)
 
 
@@ -89,9 +134,37 @@ class BuildResult:
 class ProofResult:
     """`method` is direct (O_DIRECT) or dropped (page cache dropped first)."""
 
+    files: int
     bytes_read: int
+    """All that was written, whenever it was read back."""
     pieces: int
     method: str
+    bytes_read_while_writing: int = 0
+
+
+class ImageTree:
+    """The merged image before its metadata is written: look into it, read its files."""
+
+    def __init__(self, tree: Tree, fd: int) -> None:
+        self._tree = tree
+        self._fd = fd
+
+    def find(self, path: str) -> Node | None:
+        """The node at `path`, links followed inside the image; None when there is none."""
+        return self._tree.find(path)
+
+    def read_file(self, path: str, limit: int) -> bytes | None:
+        """Up to `limit` bytes of a regular file; None when there is none. Raises OSError."""
+        node = self._tree.find(path)
+        if node is None or not stat.S_ISREG(node.mode):
+            return None
+        data = bytearray(min(limit, node.size))
+        for logical, first, count in node.runs:
+            at = logical * layout.BLOCK
+            if at < len(data):
+                part = os.pread(self._fd, min(count * layout.BLOCK, len(data) - at), first * layout.BLOCK)
+                data[at : at + len(part)] = part
+        return bytes(data)
 
 
 def build_image(
@@ -102,14 +175,16 @@ def build_image(
     report: Callable[[BuildProgress], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> BuildResult:
-    """Build the image of `content` in the file behind `fd` (read-write, on a file system with fallocate).
+    """Build the image of `content` in the file behind `fd` (read-write). The file's former content is lost.
 
-    The file's former content is lost. Raises Problem: no room (before anything is fetched), a blob that is
-    not what its digest says, a damaged or hostile layer, a source that went away, COS-CANCELLED.
+    Raises Problem: no room (before anything is fetched), a blob that is not what its digest says, a damaged or
+    hostile layer, a source that went away, a disk that fails, COS-CANCELLED. The workers are gone by then.
     """
+    begun = time.monotonic()
     try:
         geo = layout.geometry(spec.size_bytes)
-        groups, free = layout.place(geo)
+        if len(spec.label.encode()) > layout.MAX_LABEL:
+            raise ValueError(f"the label {spec.label} is longer than {layout.MAX_LABEL} bytes")
     except ValueError as e:
         raise Problem(
             "COS-IMAGE-SIZE",
@@ -117,43 +192,24 @@ def build_image(
             now="Choose another image size with --size.",
             exit_code=ExitCode.REFUSED,
         ) from None
-    _reserve(fd, spec.size_bytes)
-    space = Space(free)
-    layers, transferred, pieces = _fetch(content, fd, space, report, cancelled)
-    uuid = spec.uuid or _random_uuid()
-    created = int(time.time()) if spec.created_s is None else spec.created_s
-    writer = PieceWriter(fd, layout.BLOCK)
+    reserve(fd, spec.size_bytes)
+    collecting = gc.isenabled()
+    gc.disable()  # a hundred thousand nodes and no cycles: collections would only cost
     try:
-        tree = Tree()
-        for entries in layers:
-            tree.apply(entries)
-        for path in spec.directories:
-            tree.ensure_directory(path)
-        if spec.contexts is not None:
-            _label_tree(tree, spec.contexts)
-        made = Ext4Writer(geo, groups, space.take, writer.write_blocks).write_tree(
-            tree, label=spec.label, uuid=uuid, created_s=created
-        )
+        built = _Build(content, fd, spec, geo, report, cancelled)
+        fetched = built.fetch()
+        return built.finish(fetched, begun)
     except FormatError as e:
         raise _hostile(str(e)) from None
-    except _NoBlocks:
+    except (NoRoom, _Full):
         raise _too_big(spec.size_bytes) from None
+    except Mismatch as e:
+        raise _unproven(f"the bytes at {e.offset} are not those that were written") from None
+    except OSError as e:
+        raise _disk(os.strerror(e.errno or 0), repr(e)) from None
     finally:
-        pieces += writer.finish()
-    pieces.sort(key=lambda p: p.offset)
-    _dig_holes(fd, spec.size_bytes, pieces)
-    os.fsync(fd)
-    return BuildResult(
-        entries=made.inodes,
-        transfer_bytes=transferred,
-        written_bytes=sum(p.length for p in pieces),
-        used_bytes=made.blocks * layout.BLOCK,
-        size_bytes=spec.size_bytes,
-        uuid="-".join(
-            (uuid.hex()[:8], uuid.hex()[8:12], uuid.hex()[12:16], uuid.hex()[16:20], uuid.hex()[20:])
-        ),
-        pieces=tuple(pieces),
-    )
+        if collecting:
+            gc.enable()
 
 
 def prove_image(
@@ -163,188 +219,466 @@ def prove_image(
     report: Callable[[BuildProgress], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> ProofResult:
-    """Read every written piece back from the medium and compare; all else must be a hole.
+    """Compare what the medium holds with what was written, holes and tables included.
 
+    What was read back while the image was built is not read again, unless the file was written to since then.
     Raises Problem COS-PROOF when a byte differs or a range is there that was never written.
     """
-    stray = unwritten_extents(fd)
-    if stray:
-        raise _unproven(f"{len(stray)} ranges were reserved and never written")
-    done = 0
-    last = 0.0
-
-    def progress(length: int) -> bool:
-        nonlocal done, last
-        done += length
-        if time.monotonic() - last >= _REPORT_S:
-            last = time.monotonic()
-            report(BuildProgress(done, result.written_bytes, detail="reading back"))
-        return cancelled()
-
-    outcome = read_back(fd, result.pieces, progress)
-    if outcome.cancelled:
-        raise _cancelled()
-    if outcome.bad is not None:
-        raise _unproven(f"the bytes at {outcome.bad} are not those that were written")
-    return ProofResult(outcome.bytes_read, len(result.pieces), outcome.method)
-
-
-class _NoBlocks(Exception):  # noqa: N818 - never leaves this room
-    pass
-
-
-# --- fetching ------------------------------------------------------------------------------------------------
-
-
-def _fetch(
-    content: Content,
-    fd: int,
-    space: Space,
-    report: Callable[[BuildProgress], None],
-    cancelled: Callable[[], bool],
-) -> tuple[list[list[TarEntry]], int, list[Piece]]:
-    """Entries of each layer, lowest first; bytes transferred; pieces written."""
-    image = content.image
-    count = len(image.layers)
-    space.no_room = _NoBlocks
-    order = sorted(range(count), key=lambda i: -image.layers[i].size_bytes)
-    workers = _start(content, fd, space, order)
-    total = image.transfer_bytes or sum(layer.size_bytes for layer in image.layers)
-    got: dict[int, list[TarEntry]] = {}
-    pieces: list[Piece] = []
-    per_worker: dict[int, int] = {}
-    last_byte = last_report = time.monotonic()
-    window: list[tuple[float, int]] = [(last_byte, 0)]
     try:
-        open_ends: list[Connection] = [c for _, c in workers]
+        os.fsync(fd)
+        untouched = os.fstat(fd).st_mtime_ns == result.stamp_ns
+        if os.fstat(fd).st_size != result.size_bytes:
+            raise _unproven("the file has another size")
+        stray = unwritten_extents(fd)
+        if stray:
+            raise _unproven(f"{len(stray)} ranges were reserved and never written")
+        todo = [p for p in result.pieces if not (p.proven and untouched)]
+        early = result.written_bytes - sum(p.length for p in todo)
+        reader = Reader(fd)
+        try:
+            done = early
+            last = 0.0
+            for n in range(0, len(todo), 32):
+                part = todo[n : n + 32]
+                check_all(reader, part)
+                done += sum(p.length for p in part)
+                if cancelled():
+                    raise _cancelled()
+                if time.monotonic() - last >= _REPORT_S:
+                    last = time.monotonic()
+                    report(BuildProgress(done, result.written_bytes, detail="reading back"))
+            _rest_is_zero(fd, reader, result.pieces)
+            method = reader.method
+        finally:
+            reader.close()
+    except Mismatch as e:
+        raise _unproven(f"the bytes at {e.offset} are not those that were written") from None
+    except OSError as e:
+        raise _unproven(f"reading it back failed ({os.strerror(e.errno or 0)})") from None
+    return ProofResult(result.files, done, len(result.pieces), method, early)
+
+
+def _rest_is_zero(fd: int, reader: Reader, pieces: Sequence[Piece]) -> None:
+    """Everything outside the pieces is a hole, or zeros. Raises Mismatch, OSError."""
+    n = 0
+    for start, end in data_ranges(fd):
+        at = start
+        while at < end:
+            while n < len(pieces) and pieces[n].offset + pieces[n].length <= at:
+                n += 1
+            stop = min(end, pieces[n].offset) if n < len(pieces) else end
+            if stop <= at:
+                at = pieces[n].offset + pieces[n].length
+                continue
+            part = reader.read(at, min(stop - at, 1 << 20))
+            if not part or any(part):
+                raise Mismatch(at)
+            at += len(part)
+
+
+class _Full(Exception):  # noqa: N818 - never leaves this room
+    """File content does not fit."""
+
+
+@dataclass
+class _Fetched:
+    tree: Tree
+    pieces: list[Piece]
+    transferred: int
+    inflated: int
+    doubled: bool
+    """A blob stands in the image twice: two files may share blocks now."""
+
+
+class _Build:
+    """One image in the making."""
+
+    def __init__(
+        self,
+        content: Content,
+        fd: int,
+        spec: ImageSpec,
+        geo: layout.Geometry,
+        report: Callable[[BuildProgress], None],
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self._content = content
+        self._fd = fd
+        self._spec = spec
+        self._geo = geo
+        self._report = report
+        self._cancelled = cancelled
+        self._created = int(time.time()) if spec.created_s is None else spec.created_s
+
+    # --- layers ----------------------------------------------------------------------------------------------
+
+    def fetch(self) -> _Fetched:
+        """Every layer on the disk and merged. Raises Problem, FormatError, OSError."""
+        image = self._content.image
+        count = len(image.layers)
+        if not count:
+            return _Fetched(Tree(self._created * 10**9), [], 0, 0, doubled=False)
+        places: dict[object, list[int]] = {}
+        for n, layer in enumerate(image.layers):
+            places.setdefault(layer.digest if self._content.parallel and layer.digest else n, []).append(n)
+        jobs = [tuple(p) for p in places.values()]
+        sizes = [image.layers[job[0]].size_bytes for job in jobs]
+        weights = [max(size, 1 << 16) for size in sizes] if self._content.parallel else [1]
+        alone = not self._content.parallel or len(jobs) < 2 or self._spec.workers < 2
+        number = 1 if alone else min(self._spec.workers, len(jobs))
+        limits = Limits(
+            entries=self._spec.entry_limit,
+            inflated_bytes=self._spec.inflated_limit_bytes or 4 * self._spec.size_bytes + (1 << 30),
+            window_bytes=self._spec.window_limit_bytes,
+        )
+        space = Space(self._geo.free, weights)
+        counters = Counters(number)
+        order = sorted(range(len(jobs)), key=lambda n: (-sizes[n], n))
+        workers = self._fork(number, space, counters, limits, order, jobs, alone=alone)
+        try:
+            return self._collect(workers, counters, count)
+        finally:
+            _end(workers)
+            space.close()
+            counters.close()
+
+    def _fork(
+        self,
+        number: int,
+        space: Space,
+        counters: Counters,
+        limits: Limits,
+        order: Sequence[int],
+        jobs: Sequence[tuple[int, ...]],
+        *,
+        alone: bool,
+    ) -> "dict[Connection, int]":
+        """Start the workers; jobs are handed out through a pipe that they share."""
+        queue, fill = os.pipe()
+        os.write(fill, b"".join(struct.pack("<H", n) for n in order))
+        os.close(fill)
+        workers: dict[Connection, int] = {}
+        for n in range(number):
+            ours, theirs = Pipe(duplex=False)
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    build_worker.settle()
+                    ours.close()
+                    for other in workers:
+                        other.close()
+                    Worker(
+                        self._content,
+                        self._fd,
+                        space,
+                        counters,
+                        limits,
+                        theirs,
+                        number=n,
+                        alone=alone,
+                        prove=self._spec.prove_while_writing,
+                        check_diff_ids=self._spec.check_diff_ids,
+                    ).run(queue, jobs)
+                finally:
+                    os._exit(0)
+            theirs.close()
+            workers[ours] = pid
+        os.close(queue)
+        return workers
+
+    def _collect(self, workers: "dict[Connection, int]", counters: Counters, count: int) -> _Fetched:
+        """Hear the workers out; merge each layer as soon as all below it are there."""
+        tree = Tree(self._created * 10**9)
+        waiting: dict[int, list[bytes]] = {}
+        complete: dict[int, int] = {}
+        """Layer to the key of its entries in `waiting`."""
+        uses: dict[int, int] = {}
+        merged = 0
+        doubled = False
+        pieces: list[Piece] = []
+        open_ends = list(workers)
+        progress = _Progress(self._report, self._content, counters, count)
         while open_ends:
-            for end in wait(open_ends, timeout=_REPORT_S):
+            for end in wait(open_ends, timeout=_POLL_S):
                 assert isinstance(end, Connection)  # noqa: S101 - for the type checker
                 try:
                     message = end.recv()
-                except EOFError:
-                    open_ends.remove(end)
-                    continue
-                if isinstance(message, Progressed):
-                    if message.bytes_done > per_worker.get(message.pid, 0):
-                        last_byte = time.monotonic()
-                    per_worker[message.pid] = message.bytes_done
-                elif isinstance(message, LayerDone):
-                    got[message.layer] = message.entries
-                    pieces += message.pieces
-                elif isinstance(message, WorkerFailed):
-                    if message.problem is None:
-                        raise _too_big(os.fstat(fd).st_size)
-                    raise from_report(message.problem)
-                else:
-                    pieces += message
-            if cancelled():
+                except (EOFError, ConnectionResetError):
+                    raise _died(workers, end) from None
+                match message:
+                    case Entries():
+                        waiting.setdefault(message.layers[0], []).append(message.packed)
+                    case LayerDone():
+                        key, *_ = message.layers
+                        real = [n for n in message.layers if n >= 0 and n not in complete]
+                        doubled |= len(real) > 1
+                        complete.update(dict.fromkeys(real, key))
+                        uses[key] = len(real)
+                        waiting.setdefault(key, [])
+                        while merged in complete:
+                            source = complete[merged]
+                            tree.apply(_entries(waiting[source]))
+                            uses[source] -= 1
+                            if not uses[source]:
+                                waiting.pop(source)
+                            merged += 1
+                    case WorkerDone():
+                        pieces += build_worker.unpack_pieces(message.pieces)
+                        open_ends.remove(end)
+                    case WorkerFailed():
+                        raise _failed(message)
+            if self._cancelled():
                 raise _cancelled()
-            now = time.monotonic()
-            if now - last_report >= _REPORT_S:
-                last_report = now
-                done = sum(per_worker.values())
-                window = [w for w in window if now - w[0] < 5.0] or window[-1:]
-                rate = (done - window[0][1]) / max(0.001, now - window[0][0])
-                window.append((now, done))
-                detail = f"layer {min(len(got) + 1, count)} of {count}"
-                report(BuildProgress(done, total, rate, now - last_byte, detail))
-        missing = [n for n in range(count) if n not in got]
-        if missing:
-            raise _hostile(f"layer {missing[0] + 1} of {count} is missing from the source")
-    finally:
-        _end(workers)
-    done = sum(per_worker.values())
-    report(BuildProgress(done, total or done, detail=f"layer {count} of {count}"))
-    return [got[n] for n in range(count)], done, pieces
+            progress.tell(merged, finished=not open_ends)
+        if merged < count:
+            raise FormatError(f"layer {merged + 1} of {count} is missing from the source")
+        pieces.sort()
+        transferred, inflated, _, _ = counters.sums()
+        return _Fetched(tree, pieces, transferred, inflated, doubled)
+
+    # --- the rest of the file system -------------------------------------------------------------------------
+
+    def finish(self, fetched: _Fetched, begun: float) -> BuildResult:
+        """Directories, attributes, tables; holes; synced. Raises Problem, FormatError, NoRoom, OSError."""
+        tree, spec = fetched.tree, self._spec
+        tree.root.mode = stat.S_IFDIR | 0o755
+        for path in spec.directories:
+            tree.ensure_directory(path)
+        contexts = spec.contexts
+        if spec.contexts_from is not None:
+            contexts = spec.contexts_from(ImageTree(tree, self._fd))
+        if contexts is not None:
+            _label_tree(tree, contexts)
+        if fetched.doubled:
+            fetched.pieces = sorted(fetched.pieces + self._separate(tree, fetched.pieces))
+        try:
+            used = claimed(self._geo, tree)
+        except ValueError as e:
+            raise _internal(str(e)) from None
+        pieces = self._blank_hidden(used, fetched.pieces)
+        free = layout.gaps(used, self._geo.blocks)
+        # Never written room first, the long runs before the short ones: tables want one piece.
+        free.sort(key=lambda run: (run[1] < 2048, run[0]))
+        writer = PieceWriter(self._fd, prove=spec.prove_while_writing)
+        uuid = spec.uuid or self._uuid()
+        try:
+            made = Ext4Writer(self._geo, tree, used, free, writer.write_blocks).write_tree(
+                label=spec.label, uuid=uuid, created_s=self._created
+            )
+        finally:
+            pieces += writer.finish()
+        pieces.sort()
+        if self._cancelled():
+            raise _cancelled()
+        if not spec.keep_reserved:
+            self._dig(pieces)
+        os.fsync(self._fd)
+        return self._result(fetched, made, pieces, uuid, begun)
+
+    def _result(
+        self, fetched: _Fetched, made: Written, pieces: list[Piece], uuid: bytes, begun: float
+    ) -> BuildResult:
+        stamp = self._created * 10**9 + 1  # a time that no write would give
+        os.utime(self._fd, ns=(stamp, stamp))
+        os.fsync(self._fd)
+        text = uuid.hex()
+        return BuildResult(
+            entries=made.inodes,
+            files=made.files,
+            directories=made.directories,
+            transfer_bytes=fetched.transferred,
+            inflated_bytes=fetched.inflated,
+            written_bytes=sum(p.length for p in pieces),
+            used_bytes=made.blocks * layout.BLOCK,
+            size_bytes=self._spec.size_bytes,
+            uuid="-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])),
+            label=self._spec.label,
+            warnings=tuple(f"{d} is an attribute that ext4 can't have" for d in made.dropped),
+            elapsed_s=time.monotonic() - begun,
+            stamp_ns=os.fstat(self._fd).st_mtime_ns,
+            pieces=tuple(pieces),
+        )
+
+    def _blank_hidden(self, used: list[tuple[int, int]], pieces: list[Piece]) -> list[Piece]:
+        """What upper layers hide was written and is free now: it becomes zeros. The pieces that are left."""
+        block = layout.BLOCK
+        written = layout.joined([(p.offset // block, p.length // block) for p in pieces])
+        dead = layout.common(layout.gaps(used, self._geo.blocks), written)
+        if not dead:
+            return pieces
+        reader = Reader(self._fd)
+        try:
+            left = without(reader, pieces, [(first * block, (first + n) * block) for first, n in dead])
+        finally:
+            reader.close()
+        for first, count in dead:
+            if count * block > _ZERO_MOST and not self._spec.keep_reserved:
+                try:
+                    punch(self._fd, first * block, count * block)
+                    continue
+                except OSError:  # a file system without holes
+                    pass
+            for at in range(first, first + count, 256):
+                os.pwrite(self._fd, bytes(min(256, first + count - at) * block), at * block)
+        return left
+
+    def _separate(self, tree: Tree, pieces: list[Piece]) -> list[Piece]:
+        """Files that share blocks, because their layer stands in the image twice, get their own."""
+        taken: set[int] = set()
+        shared: list[Node] = []
+        seen: set[int] = set()
+        for _, node in tree.walk():
+            if node.runs and id(node) not in seen:
+                seen.add(id(node))
+                if node.runs[0][1] in taken:
+                    shared.append(node)
+                taken.add(node.runs[0][1])
+        if not shared:
+            return []
+        block = layout.BLOCK
+        written = layout.joined([*self._geo.fixed, *((p.offset // block, p.length // block) for p in pieces)])
+        space = Space(layout.gaps(written, self._geo.blocks), [1])
+        writer = PieceWriter(self._fd, prove=False)
+        try:
+            for node in shared:
+                runs: list[tuple[int, int, int]] = []
+                for logical, first, count in node.runs:
+                    done = 0
+                    while done < count:
+                        to, n = space.take(min(count - done, 256))
+                        writer.write_blocks(to, os.pread(self._fd, n * block, (first + done) * block))
+                        runs.append((logical + done, to, n))
+                        done += n
+                node.runs = tuple(runs)
+        finally:
+            space.close()
+            new = writer.finish()
+        return new
+
+    def _dig(self, pieces: list[Piece]) -> None:
+        """Holes where nothing was written. `pieces` are sorted; the first block is always one of them."""
+        at = 0
+        for piece in pieces:
+            if piece.offset > at:
+                self._hole(at, piece.offset)
+            at = piece.offset + piece.length
+        if at < self._spec.size_bytes:
+            self._hole(at, self._spec.size_bytes)
+
+    def _hole(self, start: int, end: int) -> None:
+        if end - start <= _ZERO_MOST:
+            os.pwrite(self._fd, bytes(end - start), start)
+            return
+        try:
+            punch(self._fd, start, end - start)
+        except OSError:
+            if unwritten_extents(self._fd):  # else it is sparse as it is
+                raise
+
+    def _uuid(self) -> bytes:
+        image = self._content.image
+        told = [str(image.digest), self._spec.label, str(self._spec.size_bytes), str(self._created)]
+        told += [f"{layer.digest} {layer.diff_id}" for layer in image.layers]
+        raw = bytearray(hashlib.sha256("\n".join(told).encode()).digest()[:16])
+        raw[6] = raw[6] & 0x0F | 0x80  # version 8 of RFC 9562: made of whatever one likes
+        raw[8] = raw[8] & 0x3F | 0x80
+        return bytes(raw)
 
 
-def _start(content: Content, fd: int, space: Space, order: list[int]) -> list[tuple[int, Connection]]:
-    """Fork the workers; layers are handed out through a pipe that they share."""
-    queue_read, queue_write = os.pipe()
-    number = 2 if content.parallel and len(order) > 1 else 1
-    os.write(queue_write, b"".join(struct.pack("<H", i) for i in order))
-    os.close(queue_write)
-    workers: list[tuple[int, Connection]] = []
-    for _ in range(number):
-        ours, theirs = Pipe(duplex=False)
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed engine leaves no worker behind
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                ours.close()
-                for _, other in workers:
-                    other.close()
-                work(content, fd, space, queue_read, theirs)
-                code = 0
-            finally:
-                os._exit(code)
-        theirs.close()
-        workers.append((pid, ours))
-    os.close(queue_read)
-    return workers
+class _Progress:
+    """At most five reports a second, of what the counters say."""
+
+    def __init__(
+        self, report: Callable[[BuildProgress], None], content: Content, counters: Counters, count: int
+    ) -> None:
+        image = content.image
+        self._report = report
+        self._total = image.transfer_bytes or sum(layer.size_bytes for layer in image.layers)
+        self._counters = counters
+        self._count = count
+        self._begun = self._last = time.monotonic()
+        self._window: list[tuple[float, int]] = [(self._begun, 0)]
+
+    def tell(self, merged: int, *, finished: bool) -> None:
+        now = time.monotonic()
+        if now - self._last < _REPORT_S and not finished:
+            return
+        self._last = now
+        done, _, _, when = self._counters.sums()
+        self._window = [w for w in self._window if now - w[0] < 5.0] or self._window[-1:]
+        since, before = self._window[0]
+        self._window.append((now, done))
+        self._report(
+            BuildProgress(
+                bytes_done=done,
+                bytes_total=max(self._total, done) if self._total or finished else 0,
+                rate_bps=(done - before) / max(0.001, now - since),
+                waiting_s=0.0 if finished else max(0.0, now - (when or self._begun)),
+                detail=f"layer {min(merged + 1, self._count)} of {self._count}",
+                refetch_bytes=0 if finished else done,
+            )
+        )
 
 
-def _end(workers: list[tuple[int, Connection]]) -> None:
-    for pid, end in workers:
+def _entries(batches: Sequence[bytes]) -> "list[TarEntry]":
+    return [entry for packed in batches for entry in build_worker.unpack_entries(packed)]
+
+
+def _end(workers: "dict[Connection, int]") -> None:
+    """At once: they hold nothing but the file that is given up, or they are through already."""
+    for end, pid in workers.items():
         end.close()
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        os.waitpid(pid, 0)
+    for pid in workers.values():
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:
+            pass
 
 
-# --- the file ------------------------------------------------------------------------------------------------
-
-
-def _reserve(fd: int, size_bytes: int) -> None:
-    """Real blocks for the whole image, before anything is fetched. Sparse files fail too late, and silently."""
-    try:
-        os.ftruncate(fd, 0)
-        os.posix_fallocate(fd, 0, size_bytes)
-    except OSError as e:
-        os.ftruncate(fd, 0)
-        raise Problem(
-            "COS-SPACE-STATE",
-            f"There is no room for an image of {size_bytes / 1e6:.0f} MB: {os.strerror(e.errno or 0)}.",
-            unchanged="The slots are as they were.",
-            now="Remove left-overs, choose a smaller --size, or give up passive first.",
-            exit_code=ExitCode.REFUSED,
-        ) from None
-
-
-def _dig_holes(fd: int, size_bytes: int, pieces: list[Piece]) -> None:
-    """Free what was reserved and not written. `pieces` are sorted; the first block is always one of them."""
-    at = 0
-    for piece in pieces:
-        if piece.offset > at:
-            punch(fd, at, piece.offset - at)
-        at = max(at, piece.offset + piece.length)
-    if at < size_bytes:
-        punch(fd, at, size_bytes - at)
-
-
-def _label_tree(tree: Tree, contexts: Callable[[bytes, int], bytes | None]) -> None:
+def _label_tree(tree: Tree, contexts: Contexts) -> None:
     for path, node in tree.walk():
         context = contexts(path, node.mode)
         if context is not None:
             node.xattrs = {**(node.xattrs or {}), b"security.selinux": context + b"\0"}
 
 
-def _random_uuid() -> bytes:
-    raw = bytearray(secrets.token_bytes(16))
-    raw[6] = raw[6] & 0x0F | 0x40
-    raw[8] = raw[8] & 0x3F | 0x80
-    return bytes(raw)
-
-
 # --- problems ------------------------------------------------------------------------------------------------
 
 _UNTOUCHED = "active and passive are exactly as before."
+
+
+def _failed(message: WorkerFailed) -> Exception:
+    match message.kind:
+        case "layer":
+            return FormatError(message.what)
+        case "full":
+            return _Full()
+        case "proof":
+            return _unproven(message.what)
+        case "disk":
+            return _disk(message.what.partition("] ")[2], message.what)
+        case _:
+            assert message.problem is not None  # noqa: S101 - that is what the other kinds carry
+            return from_report(message.problem)
+
+
+def _died(workers: "dict[Connection, int]", end: Connection) -> Problem:
+    _, status = os.waitpid(workers.pop(end), 0)
+    how = (
+        f"signal {os.WTERMSIG(status)}"
+        if os.WIFSIGNALED(status)
+        else f"status {os.waitstatus_to_exitcode(status)}"
+    )
+    return Problem(
+        "COS-WORKER",
+        f"A process that unpacks layers was ended from outside ({how}).",
+        unchanged=_UNTOUCHED,
+        now="See whether memory ran out (dmesg), and start again.",
+    )
 
 
 def _hostile(why: str) -> Problem:
@@ -360,7 +694,7 @@ def _hostile(why: str) -> Problem:
 def _too_big(size_bytes: int) -> Problem:
     return Problem(
         "COS-IMAGE-TOO-BIG",
-        f"The image's files don't fit into {size_bytes / 1e6:.0f} MB.",
+        f"The image's files don't fit into {size_bytes >> 20} MiB.",
         unchanged=_UNTOUCHED,
         now="Choose a larger image with --size.",
         exit_code=ExitCode.REFUSED,
@@ -384,4 +718,25 @@ def _unproven(why: str) -> Problem:
         unchanged=_UNTOUCHED,
         now="Check the disk (SMART, kernel messages); don't trust it with an upgrade.",
         exit_code=ExitCode.VERIFICATION,
+    )
+
+
+def _disk(why: str, detail: str) -> Problem:
+    return Problem(
+        "COS-DISK-WRITE",
+        f"The new image could not be written: {why}.",
+        unchanged=_UNTOUCHED,
+        now="Check the disk (SMART, kernel messages) and its free space.",
+        detail=detail,
+    )
+
+
+def _internal(detail: str) -> Problem:
+    return Problem(
+        "COS-INTERNAL",
+        "The image builder contradicted itself and stopped.",
+        unchanged=_UNTOUCHED,
+        now="Report this, with the log.",
+        exit_code=ExitCode.INTERNAL,
+        detail=detail,
     )

@@ -1,16 +1,15 @@
 """A merged tree written as an ext4 file system: inodes, directories, attributes, bitmaps.
 
-Source: Linux Documentation/filesystems/ext4. File content is already on the disk when this runs (its runs are
-in the nodes); what is written here is all the rest, through `write(block, data)`. Blocks for it come from
-`allocate(count)`. POSIX ACLs have another form on disk than in the attribute (fs/ext4/acl.h).
+Source: Linux Documentation/filesystems/ext4. File content is on the disk already when this runs (its runs are
+in the nodes); all the rest is written here, through `write(block, data)`. The same tree gives the same bytes.
 """
 
 import stat as stat_module
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cos_console.formats.ext4 import layout
+from cos_console.formats.ext4 import layout, writer_dirs, writer_xattr
 from cos_console.formats.ext4.layout import BLOCK, INODE, Counts, Geometry, Group
 from cos_console.formats.layers import Node, Tree
 from cos_console.formats.readat import FormatError
@@ -23,370 +22,398 @@ _TYPE = {
     stat_module.S_IFIFO: 5,
     stat_module.S_IFLNK: 7,
 }
-_PREFIXES = (
-    (b"system.posix_acl_access", 2),
-    (b"system.posix_acl_default", 3),
-    (b"user.", 1),
-    (b"trusted.", 4),
-    (b"security.", 6),
-    (b"system.", 7),
-)
-_XATTR_MAGIC = struct.pack("<I", 0xEA020000)
-_INODE_XATTR_ROOM = INODE - 128 - 32
-_EXTENTS_FL = 0x80000
+# mode uid size atime ctime mtime dtime gid links sectors flags - i_block generation acl size_high -
+# sectors_high acl_high uid_high gid_high - - extra_size - ctime+ mtime+ atime+ crtime crtime+ version_high project
+_INODE = struct.Struct("<HHIIIIIHHIII60sIIIIHHHHHHHHIIIIIII")
+_EXTENT_HEAD = struct.Struct("<HHHHI")
+_EXTENT = struct.Struct("<IHHI")
+_ONE_EXTENT = struct.Struct("<HHHHIIHHI")
+_EXTENT_MAGIC = 0xF30A
+_EXTENT_MOST = 32768
+_EXTENTS_IN_BLOCK = (BLOCK - 12) // 12
+_INDEX_FL, _EXTENTS_FL = 0x1000, 0x80000
 _LINK_MAX = 65000
-_ACL_NAMED = (2, 8)  # ACL_USER, ACL_GROUP carry an id
+_MAX_FILE = BLOCK << 32
+_LOST_FOUND_BLOCKS = 4
+_TABLE_PIECE = 4096
+"""Inodes packed at a time (1 MiB)."""
+
+Runs = Sequence[tuple[int, int, int]]
+
+
+class NoRoom(Exception):  # noqa: N818 - what the caller makes of it is a sentence
+    """The file system is too small for its own tables and directories."""
 
 
 @dataclass(frozen=True)
 class Written:
     inodes: int
     directories: int
+    files: int
+    """Regular files, hard links counted once."""
     blocks: int
     """Blocks in use, metadata included."""
+    dropped: tuple[str, ...]
+    """Extended attributes that ext4 can't have, as `path: name`; the first 20."""
+
+
+def claimed(geo: Geometry, tree: Tree) -> list[tuple[int, int]]:
+    """(first block, blocks) in use by file content and superblocks; sorted. Raises ValueError on overlap."""
+    runs = geo.fixed
+    seen: set[int] = set()
+    stack = [tree.root]
+    while stack:
+        for node in (stack.pop().children or {}).values():
+            if node.children is not None:
+                stack.append(node)
+            elif node.runs and id(node) not in seen:
+                seen.add(id(node))
+                runs += [(first, count) for _, first, count in node.runs]
+    return layout.joined(runs)
 
 
 class Ext4Writer:
-    """Writes one tree. Blocks are numbers; `write` takes whole blocks at a block number."""
+    """Writes one tree. `free` are runs (first block, blocks) that read as zeros, the best ones first."""
 
     def __init__(
         self,
         geo: Geometry,
-        groups: tuple[Group, ...],
-        allocate: Callable[[int], list[tuple[int, int]]],
+        tree: Tree,
+        used: Sequence[tuple[int, int]],
+        free: Sequence[tuple[int, int]],
         write: Callable[[int, bytes], None],
     ) -> None:
         self._geo = geo
-        self._groups = groups
-        self._allocate = allocate
+        self._tree = tree
+        self._used = list(used)
+        self._free = list(free)
         self._write = write
-        self._inodes: list[bytes] = [b""] * (layout.FIRST_INODE + 1)
+        self._order: list[Node] = []
+        self._bodies: dict[int, tuple[bytes, int, int, int]] = {}
+        """Inode to (i_block, size, blocks, flags) where it takes more than the node to know."""
+        self._attributes: dict[int, tuple[bytes, int]] = {}
+        """Inode to (bytes behind its fields, attribute block)."""
+        self._parents: dict[int, int] = {}
+        """Of directories, by inode."""
+        self._dropped: list[str] = []
         self._directories: list[int] = []
-        self._used: list[tuple[int, int]] = []
-        self._attribute_blocks: dict[bytes, int] = {}
 
-    def write_tree(self, tree: Tree, *, label: str, uuid: bytes, created_s: int) -> Written:
-        """Everything but file content. Raises FormatError when the inodes don't suffice or a value can't be."""
-        nodes = self._number(tree, created_s)
-        for node, parent in nodes:
-            self._inode(node, self._directory(node, parent) if node.is_dir else None)
-        self._tables()
-        return self._finish(label, uuid, created_s)
+    def write_tree(self, *, label: str, uuid: bytes, created_s: int) -> Written:
+        """Everything but file content. Raises FormatError (too many inodes, a value that can't be), NoRoom."""
+        self._number(created_s)
+        self._store_attributes()
+        for node in self._order:
+            try:
+                self._store_body(node)
+            except FormatError as e:
+                raise FormatError(f"{self._tree.path_of(node)}: {e}") from None
+        groups, per_group = self._place_tables()
+        self._write_inodes(groups, per_group, created_s)
+        counts = self._write_bitmaps(groups, per_group)
+        self._write_superblocks(groups, counts, label, uuid, created_s)
+        return Written(
+            inodes=len(self._order),
+            directories=len(self._directories),
+            files=sum(n.mode & 0o170000 == stat_module.S_IFREG for n in self._order),
+            blocks=self._geo.blocks - sum(counts.free_blocks),
+            dropped=tuple(self._dropped),
+        )
 
     # --- numbering -------------------------------------------------------------------------------------------
 
-    def _number(self, tree: Tree, created_s: int) -> list[tuple[Node, int]]:
-        """Give every node its inode number and count its names; (node, parent's number), root first."""
-        root = tree.root
+    def _number(self, created_s: int) -> None:
+        """Give every node its inode number and count its names."""
+        root = self._tree.root
         assert root.children is not None  # noqa: S101 - the root is a directory
         lost = root.children.get(b"lost+found")
-        if lost is None or not lost.is_dir:
-            lost = Node(mode=stat_module.S_IFDIR | 0o700, mtime_ns=created_s * 10**9, children={})
+        if lost is None:
+            lost = Node(stat_module.S_IFDIR | 0o700, created_s * 10**9, {})
             root.children[b"lost+found"] = lost
-        for _, node in tree.walk():
+        elif not lost.is_dir:
+            raise FormatError("lost+found: it must be a directory on ext4")
+        for _, node in self._tree.walk():
             node.inode = node.names = 0
         root.inode, lost.inode = layout.ROOT, layout.LOST_FOUND
-        number = layout.FIRST_INODE + 1
-        found = [(root, layout.ROOT)]
-        for node, _ in found:
-            if node.children is None:
-                continue
-            for child in node.children.values():
+        number = layout.FIRST_INODE
+        directories = [root]
+        others: list[Node] = []
+        for directory in directories:
+            subdirectories = 0
+            for child in (directory.children or {}).values():
                 child.names += 1
+                if child.children is not None:
+                    subdirectories += 1
                 if child.names > 1:
                     continue
-                if child is not lost:
-                    child.inode = number
+                if child.inode == 0:
                     number += 1
-                found.append((child, node.inode))
-        if number - 1 > self._geo.inodes:
-            raise FormatError(
-                f"the image has {number - 1} entries; a file system of this size holds {self._geo.inodes}"
-            )
-        self._inodes = [b""] * number
-        return found
+                    child.inode = number
+                (others if child.children is None else directories).append(child)
+            names = 2 + subdirectories
+            directory.names = names if names <= _LINK_MAX else 1
+        self._order = sorted(directories + others, key=lambda node: node.inode)
+        self._directories = sorted(d.inode for d in directories)
 
-    # --- one inode -------------------------------------------------------------------------------------------
+    # --- what the inodes point to ----------------------------------------------------------------------------
 
-    def _inode(self, node: Node, directory: Sequence[tuple[int, int, int]] | None) -> None:
-        kind = stat_module.S_IFMT(node.mode)
-        size, flags, extra_blocks = node.size, 0, 0
-        runs: Sequence[tuple[int, int, int]] = node.runs
-        body = b""
-        if kind == stat_module.S_IFDIR:
-            runs = directory or ()
-            size = sum(r[2] for r in runs) * BLOCK
+    def _store_body(self, node: Node) -> None:
+        kind = node.mode & 0o170000
+        if kind == stat_module.S_IFREG:
+            if node.names > _LINK_MAX:
+                raise FormatError(f"{node.names} names; ext4 allows {_LINK_MAX}")
+            if node.size > _MAX_FILE - BLOCK:
+                raise FormatError(f"{node.size} bytes; ext4 allows 16 TiB")
+            if len(node.runs) > 1 or (node.runs and (node.runs[0][0] or node.runs[0][2] > _EXTENT_MOST)):
+                self._place(node, node.runs, node.size)
+        elif kind == stat_module.S_IFDIR:
+            names = [
+                (child.inode, name, _TYPE[child.mode & 0o170000])
+                for name, child in (node.children or {}).items()
+            ]
+            parent = self._parents.get(node.inode, layout.ROOT)
+            for child in (node.children or {}).values():
+                if child.children is not None:
+                    self._parents[child.inode] = node.inode
+            least = _LOST_FOUND_BLOCKS if node.inode == layout.LOST_FOUND else 1
+            data, indexed = writer_dirs.directory(node.inode, parent, names, least_blocks=least)
+            self._place(node, self._store(data), len(data), _INDEX_FL if indexed else 0)
         elif kind == stat_module.S_IFLNK:
             size = len(node.link)
-            if size < 60:
-                body = node.link
-            elif size >= BLOCK:
+            if size >= BLOCK:
                 raise FormatError(f"a symbolic link of {size} bytes; {BLOCK - 1} are allowed")
+            if size < 60:
+                self._bodies[node.inode] = (node.link, size, 0, 0)
             else:
-                runs = self._store(node.link)
+                self._place(node, self._store(node.link), size)
         elif kind in {stat_module.S_IFCHR, stat_module.S_IFBLK}:
-            size, runs = 0, ()
-            body = _device(node.major, node.minor)
-        elif kind == stat_module.S_IFIFO:
-            size, runs = 0, ()
-        if not body and kind in {stat_module.S_IFREG, stat_module.S_IFDIR, stat_module.S_IFLNK}:
-            flags = _EXTENTS_FL
-            body, extra_blocks = self._extents(runs)
-        inline, block = self._attributes(node.xattrs)
-        names = node.names
-        if node.children is not None:
-            subdirectories = sum(c.is_dir for c in node.children.values())
-            names = 2 + subdirectories
-            self._directories.append(node.inode)
-            if names > _LINK_MAX:
-                names = 1
-        elif names > _LINK_MAX:
-            raise FormatError(f"an inode with {names} names; ext4 allows {_LINK_MAX}")
-        sectors = (sum(r[2] for r in runs) + extra_blocks + (1 if block else 0)) * (BLOCK // 512)
-        self._used += [(first, count) for _, first, count in runs]
-        seconds, extra = _time(node.mtime_ns)
-        self._inodes[node.inode] = (
-            struct.pack(
-                "<HHIIIIIHHIII",
-                node.mode,
-                node.uid & 0xFFFF,
-                size & 0xFFFFFFFF,
-                seconds,
-                seconds,
-                seconds,
-                0,
-                node.gid & 0xFFFF,
-                names,
-                sectors & 0xFFFFFFFF,
-                flags,
-                0,
-            )
-            + body.ljust(60, b"\0")
-            + struct.pack("<IIII", 0, block, size >> 32, 0)
-            + struct.pack("<HHHHHH", sectors >> 32, 0, node.uid >> 16, node.gid >> 16, 0, 0)
-            + struct.pack("<HHIIIIIII", 32, 0, extra, extra, extra, seconds, extra, 0, 0)
-            + inline
-        ).ljust(INODE, b"\0")
+            self._bodies[node.inode] = (_device(node.major, node.minor), 0, 0, 0)
+        else:
+            self._bodies[node.inode] = (b"", 0, 0, 0)
 
-    def _extents(self, runs: Sequence[tuple[int, int, int]]) -> tuple[bytes, int]:
+    def _place(self, node: Node, runs: Runs, size: int, flags: int = 0) -> None:
+        body, tree_blocks = self._extents(runs)
+        blocks = sum(run[2] for run in runs) + tree_blocks
+        self._bodies[node.inode] = (body, size, blocks, _EXTENTS_FL | flags)
+
+    def _extents(self, runs: Runs) -> tuple[bytes, int]:
         """The tree's root for i_block, and how many blocks its other nodes took."""
-        pieces: list[tuple[int, int, int]] = []
+        entries: list[bytes] = []
+        starts: list[int] = []
         for logical, first, count in runs:
-            done = 0
-            while done < count:
-                part = min(count - done, 32768)
-                pieces.append((logical + done, first + done, part))
-                done += part
-        entries = [
-            struct.pack("<IHHI", at, count, first >> 32, first & 0xFFFFFFFF) for at, first, count in pieces
-        ]
-        starts = [at for at, _, _ in pieces]
+            for done in range(0, count, _EXTENT_MOST):
+                part = min(count - done, _EXTENT_MOST)
+                entries.append(_EXTENT.pack(logical + done, part, 0, first + done))
+                starts.append(logical + done)
         depth = taken = 0
-        room = (BLOCK - 12) // 12
         while len(entries) > 4:
-            next_entries, next_starts = [], []
-            for n in range(0, len(entries), room):
-                part_entries = entries[n : n + room]
-                head = struct.pack("<HHHHI", 0xF30A, len(part_entries), room, depth, 0)
+            upper, upper_starts = [], []
+            for n in range(0, len(entries), _EXTENTS_IN_BLOCK):
+                part_entries = entries[n : n + _EXTENTS_IN_BLOCK]
+                head = _EXTENT_HEAD.pack(_EXTENT_MAGIC, len(part_entries), _EXTENTS_IN_BLOCK, depth, 0)
                 block = self._store(head + b"".join(part_entries))[0][1]
-                self._used.append((block, 1))
-                next_entries.append(struct.pack("<IIHH", starts[n], block & 0xFFFFFFFF, block >> 32, 0))
-                next_starts.append(starts[n])
+                upper.append(struct.pack("<IIHH", starts[n], block, 0, 0))
+                upper_starts.append(starts[n])
                 taken += 1
-            entries, starts, depth = next_entries, next_starts, depth + 1
-        return struct.pack("<HHHHI", 0xF30A, len(entries), 4, depth, 0) + b"".join(entries), taken
+            entries, starts, depth = upper, upper_starts, depth + 1
+        return _EXTENT_HEAD.pack(_EXTENT_MAGIC, len(entries), 4, depth, 0) + b"".join(entries), taken
+
+    def _store_attributes(self) -> None:
+        """Equal attribute blocks are written once and shared, as the kernel does."""
+        known: dict[tuple[tuple[tuple[bytes, bytes], ...], int], writer_xattr.Packed] = {}
+        users: dict[bytes, list[int]] = {}
+        for node in self._order:
+            if not node.xattrs:
+                continue
+            key = (tuple(node.xattrs.items()), node.mode)
+            packed = known.get(key)
+            if packed is None:
+                try:
+                    packed = known[key] = writer_xattr.pack(node.xattrs, node.mode)
+                except FormatError as e:
+                    raise FormatError(f"{self._tree.path_of(node)}: {e}") from None
+            node.mode = packed.mode
+            for name in packed.dropped:
+                if len(self._dropped) < 20:
+                    self._dropped.append(f"{self._tree.path_of(node)}: {name.decode(errors='replace')}")
+            if packed.inline:
+                self._attributes[node.inode] = (packed.inline, 0)
+            if packed.block:
+                users.setdefault(packed.block, []).append(node.inode)
+        for block, inodes in users.items():
+            for n in range(0, len(inodes), writer_xattr.MAX_SHARED):
+                part = inodes[n : n + writer_xattr.MAX_SHARED]
+                place = self._store(writer_xattr.shared(block, len(part)))[0][1]
+                for inode in part:
+                    self._attributes[inode] = (self._attributes.get(inode, (b"", 0))[0], place)
+
+    # --- room ------------------------------------------------------------------------------------------------
 
     def _store(self, data: bytes) -> list[tuple[int, int, int]]:
-        """Put `data` into fresh blocks; its runs, counted from block 0 of the file."""
+        """Put `data` into fresh blocks; its runs, counted from block 0 of the file. Raises NoRoom."""
         runs = []
         at = 0
-        for first, count in self._allocate(-(-len(data) // BLOCK)):
+        left = -(-len(data) // BLOCK)
+        while left:
+            if not self._free:
+                raise NoRoom
+            first, room = self._free[0]
+            count = min(left, room)
+            self._claim(0, count)
             piece = data[at * BLOCK : (at + count) * BLOCK]
-            self._write(first, piece.ljust(count * BLOCK, b"\0"))
+            self._write(first, piece + bytes(-len(piece) % BLOCK))
             runs.append((at, first, count))
             at += count
+            left -= count
         return runs
 
-    # --- attributes ------------------------------------------------------------------------------------------
+    def _claim(self, n: int, count: int) -> int:
+        first, room = self._free[n]
+        self._used.append((first, count))
+        if count == room:
+            del self._free[n]
+        else:
+            self._free[n] = (first + count, room - count)
+        return first
 
-    def _attributes(self, xattrs: dict[bytes, bytes] | None) -> tuple[bytes, int]:
-        """Bytes behind the inode's extra fields, and the block for what has no room there (0: none)."""
-        if not xattrs:
-            return b"", 0
-        entries = sorted(
-            (
-                (index, name, value)
-                for key, raw in xattrs.items()
-                for index, name, value in [_attribute(key, raw)]
-            ),
-            key=lambda e: (e[0], len(e[1]), e[1]),
-        )
-        inside: list[tuple[int, bytes, bytes]] = []
-        outside: list[tuple[int, bytes, bytes]] = []
-        room = _INODE_XATTR_ROOM - 4 - 4
-        for entry in entries:
-            need = 16 + _round(len(entry[1])) + _round(len(entry[2]))
-            if need <= room:
-                room -= need
-                inside.append(entry)
-            else:
-                outside.append(entry)
-        inline = _XATTR_MAGIC + _packed(inside, _INODE_XATTR_ROOM - 4, 0) if inside else b""
-        if not outside:
-            return inline, 0
-        need = 32 + 4 + sum(16 + _round(len(n)) + _round(len(v)) for _, n, v in outside)
-        if need > BLOCK:
-            raise FormatError(f"extended attributes of {need} bytes on one file; {BLOCK} are allowed")
-        body = _packed(outside, BLOCK - 32, 32, hashed=True)
-        digest = 0
-        for index, name, value in outside:
-            digest = ((digest << 16) ^ (digest >> 16) ^ _entry_hash(index, name, value)) & 0xFFFFFFFF
-        header = struct.pack("<IIIII", 0xEA020000, 1, 1, digest, 0).ljust(32, b"\0")
-        block = self._store(header + body)[0][1]
-        self._used.append((block, 1))
-        return inline, block
-
-    # --- directories -----------------------------------------------------------------------------------------
-
-    def _directory(self, node: Node, parent: int) -> list[tuple[int, int, int]]:
-        assert node.children is not None  # noqa: S101 - called for directories
-        blocks: list[bytes] = []
-        entries: list[tuple[int, bytes, int]] = []
-        used = 0
-        listed = [(node.inode, b".", 2), (parent, b"..", 2)]
-        listed += [(c.inode, name, _TYPE[stat_module.S_IFMT(c.mode)]) for name, c in node.children.items()]
-        for number, name, kind in listed:
-            need = 8 + _round(len(name))
-            if used + need > BLOCK:
-                blocks.append(_directory_block(entries))
-                entries, used = [], 0
-            entries.append((number, name, kind))
-            used += need
-        blocks.append(_directory_block(entries))
-        if node.inode == layout.LOST_FOUND:
-            blocks += [struct.pack("<IHBB", 0, BLOCK, 0, 0).ljust(BLOCK, b"\0")] * 3
-        return self._store(b"".join(blocks))
+    def _whole(self, count: int) -> int:
+        for n, (_, room) in enumerate(self._free):
+            if room >= count:
+                return self._claim(n, count)
+        raise NoRoom
 
     # --- tables ----------------------------------------------------------------------------------------------
 
-    def _tables(self) -> None:
-        per_group = self._geo.inodes_per_group
-        blank = bytes(INODE)
-        for n, group in enumerate(self._groups):
-            part = self._inodes[n * per_group + 1 : (n + 1) * per_group + 1]
-            if part:
-                data = b"".join(raw or blank for raw in part)
-                self._write(group.inode_table, data + bytes(-len(data) % BLOCK))
+    def _place_tables(self) -> tuple[tuple[Group, ...], int]:
+        used = self._order[-1].inode
+        spare = sum(count for _, count in self._free)
+        try:
+            per_group = layout.inodes_per_group(self._geo, used, spare)
+        except ValueError as e:
+            raise FormatError(str(e)) from None
+        table_blocks = per_group * INODE // BLOCK
+        bitmaps = [(self._whole(1), self._whole(1)) for _ in range(self._geo.groups)]
+        return tuple(Group(b, i, self._whole(table_blocks)) for b, i in bitmaps), per_group
 
-    def _finish(self, label: str, uuid: bytes, created_s: int) -> Written:
+    def _write_inodes(self, groups: tuple[Group, ...], per_group: int, created_s: int) -> None:
+        created, created_extra = _time(created_s * 10**9)
+        table = bytearray()
+        at = 1
+        """Number of the inode that comes next in the table."""
+        start = 1
+        for node in [*self._order, None]:
+            number = node.inode if node is not None else at
+            while at <= number:
+                # Tables are written a group at a time, and in pieces within it.
+                index = (at - 1) % per_group
+                end = node is None
+                if table and (end or index == 0 or len(table) >= _TABLE_PIECE * INODE):
+                    begun, offset = divmod(start - 1, per_group)
+                    table += bytes(-len(table) % BLOCK)
+                    self._write(groups[begun].inode_table + offset * INODE // BLOCK, bytes(table))
+                    table.clear()
+                    start = at
+                if node is None:
+                    break
+                table += self._inode(node, created, created_extra) if at == number else bytes(INODE)
+                at += 1
+
+    def _inode(self, node: Node, created: int, created_extra: int) -> bytes:
+        inode = node.inode
+        body = self._bodies.get(inode)
+        if body is not None:
+            block, size, blocks, flags = body
+        else:  # a file in one run, or an empty one
+            size, flags = node.size, _EXTENTS_FL
+            if node.runs:
+                _, first, blocks = node.runs[0]
+                block = _ONE_EXTENT.pack(_EXTENT_MAGIC, 1, 4, 0, 0, 0, blocks, 0, first)
+            else:
+                block = _EXTENT_HEAD.pack(_EXTENT_MAGIC, 0, 4, 0, 0)
+                blocks = 0
+        inline, attributes = self._attributes.get(inode, (b"", 0))
+        sectors = (blocks + (1 if attributes else 0)) * (BLOCK // 512)
+        if sectors >> 32:
+            raise FormatError(f"{self._tree.path_of(node)}: more than 2 TiB of data in one file")
+        seconds, extra = _time(node.mtime_ns)
+        raw = _INODE.pack(
+            node.mode,
+            node.uid & 0xFFFF,
+            size & 0xFFFFFFFF,
+            seconds,
+            created,
+            seconds,
+            0,
+            node.gid & 0xFFFF,
+            node.names,
+            sectors,
+            flags,
+            0,
+            block,
+            0,
+            attributes,
+            size >> 32,
+            0,
+            0,
+            0,
+            node.uid >> 16,
+            node.gid >> 16,
+            0,
+            0,
+            layout.EXTRA_INODE,
+            0,
+            created_extra,
+            extra,
+            extra,
+            created,
+            created_extra,
+            0,
+            0,
+        )
+        return raw + (inline or _NO_ATTRIBUTES)
+
+    def _write_bitmaps(self, groups: tuple[Group, ...], per_group: int) -> Counts:
         geo = self._geo
         bitmap = bytearray(geo.groups * BLOCK)
-        for first, count in self._all_used():
+        for first, count in layout.joined(self._used):
             _set_bits(bitmap, first, count)
-        total_inodes = len(self._inodes) - 1
-        free_blocks, free_inodes, directories = [], [], []
-        for n, group in enumerate(self._groups):
+        used_inodes = self._order[-1].inode
+        free_blocks, free_inodes = [], []
+        directories = [0] * geo.groups
+        for inode in self._directories:
+            directories[(inode - 1) // per_group] += 1
+        for n, group in enumerate(groups):
             blocks = geo.group_blocks(n)
             part = bytearray(bitmap[n * BLOCK : (n + 1) * BLOCK])
-            in_use = int.from_bytes(part, "little").bit_count()
-            free_blocks.append(blocks - in_use)
-            _set_bits(part, blocks, GROUP_BITS - blocks)
+            free_blocks.append(blocks - int.from_bytes(part, "little").bit_count())
+            _set_bits(part, blocks, layout.GROUP_BLOCKS - blocks)
             self._write(group.block_bitmap, bytes(part))
-            inodes = max(0, min(geo.inodes_per_group, total_inodes - n * geo.inodes_per_group))
-            free_inodes.append(geo.inodes_per_group - inodes)
+            inodes = max(0, min(per_group, used_inodes - n * per_group))
+            free_inodes.append(per_group - inodes)
             inode_bits = bytearray(BLOCK)
             _set_bits(inode_bits, 0, inodes)
-            _set_bits(inode_bits, geo.inodes_per_group, GROUP_BITS - geo.inodes_per_group)
+            _set_bits(inode_bits, per_group, layout.GROUP_BLOCKS - per_group)
             self._write(group.inode_bitmap, bytes(inode_bits))
-            low, high = n * geo.inodes_per_group, (n + 1) * geo.inodes_per_group
-            directories.append(sum(low < d <= high for d in self._directories))
-        counts = Counts(tuple(free_blocks), tuple(free_inodes), tuple(directories))
-        table = layout.descriptors(self._groups, counts)
-        table += bytes(-len(table) % BLOCK)
-        for n in range(geo.groups):
-            if geo.has_superblock(n):
-                sb = layout.superblock(geo, counts, label=label, uuid=uuid, created_s=created_s, group=n)
+        return Counts(per_group, tuple(free_blocks), tuple(free_inodes), tuple(directories))
+
+    def _write_superblocks(
+        self, groups: tuple[Group, ...], counts: Counts, label: str, uuid: bytes, created_s: int
+    ) -> None:
+        table = layout.descriptors(groups, counts)
+        for n in range(self._geo.groups):
+            if self._geo.has_superblock(n):
+                sb = layout.superblock(
+                    self._geo, counts, label=label, uuid=uuid, created_s=created_s, group=n
+                )
                 head = bytes(1024) + sb if n == 0 else sb
-                self._write(n * GROUP_BITS, head.ljust(BLOCK, b"\0") + table)
-        return Written(total_inodes, len(self._directories), geo.blocks - sum(free_blocks))
-
-    def _all_used(self) -> Iterator[tuple[int, int]]:
-        geo = self._geo
-        for n, group in enumerate(self._groups):
-            if geo.has_superblock(n):
-                yield n * GROUP_BITS, 1 + geo.descriptor_blocks
-            yield group.block_bitmap, 1
-            yield group.inode_bitmap, 1
-            yield group.inode_table, geo.table_blocks
-        yield from self._used
+                self._write(n * layout.GROUP_BLOCKS, head.ljust(BLOCK, b"\0") + table)
 
 
-GROUP_BITS = layout.GROUP_BLOCKS
-
-
-def _directory_block(entries: list[tuple[int, bytes, int]]) -> bytes:
-    parts = []
-    at = 0
-    for n, (number, name, kind) in enumerate(entries):
-        length = 8 + _round(len(name)) if n + 1 < len(entries) else BLOCK - at
-        parts.append((struct.pack("<IHBB", number, length, len(name), kind) + name).ljust(length, b"\0"))
-        at += length
-    return b"".join(parts)
-
-
-def _attribute(key: bytes, raw: bytes) -> tuple[int, bytes, bytes]:
-    for prefix, index in _PREFIXES:
-        if index in {2, 3} and key == prefix:
-            return index, b"", _acl(raw)
-        if index not in {2, 3} and key.startswith(prefix) and len(key) > len(prefix):
-            name = key[len(prefix) :]
-            if len(name) > 255:
-                break
-            return index, name, raw
-    raise FormatError(
-        f"an extended attribute that ext4 can't hold: {key[:60].decode(errors='backslashreplace')}"
-    )
-
-
-def _acl(raw: bytes) -> bytes:
-    """From the attribute's form (version 2, 8 bytes an entry) to the disk's (version 1, 4 or 8 bytes)."""
-    if len(raw) < 4 or raw[:4] != b"\x02\0\0\0" or (len(raw) - 4) % 8:
-        raise FormatError("a POSIX ACL that is none")
-    out = struct.pack("<I", 1)
-    for at in range(4, len(raw), 8):
-        tag, permissions, owner = struct.unpack_from("<HHI", raw, at)
-        out += struct.pack("<HH", tag, permissions)
-        if tag in _ACL_NAMED:
-            out += struct.pack("<I", owner)
-    return out
-
-
-def _packed(entries: list[tuple[int, bytes, bytes]], size: int, base: int, *, hashed: bool = False) -> bytes:
-    """Entries from the front, values from the back; offsets count from `base` before the first entry."""
-    head = b""
-    values = b""
-    for index, name, value in entries:
-        padded = value + bytes(-len(value) % 4)
-        values = padded + values
-        offset = base + size - len(values) if value else 0
-        mark = _entry_hash(index, name, value) if hashed else 0
-        head += struct.pack("<BBHIII", len(name), index, offset, 0, len(value), mark)
-        head += name + bytes(-len(name) % 4)
-    return head + bytes(size - len(head) - len(values)) + values
-
-
-def _entry_hash(_index: int, name: bytes, value: bytes) -> int:
-    """fs/ext4/xattr.c ext4_xattr_hash_entry."""
-    digest = 0
-    for byte in name:
-        digest = ((digest << 5) ^ (digest >> 27) ^ byte) & 0xFFFFFFFF
-    padded = value + bytes(-len(value) % 4)
-    for (word,) in struct.iter_unpack("<I", padded):
-        digest = ((digest << 16) ^ (digest >> 16) ^ word) & 0xFFFFFFFF
-    return digest
+_NO_ATTRIBUTES = bytes(INODE - 128 - layout.EXTRA_INODE)
 
 
 def _device(major: int, minor: int) -> bytes:
+    if not (0 <= major < 1 << 12 and 0 <= minor < 1 << 20):
+        raise FormatError(f"device {major}:{minor}; Linux numbers them up to 4095:1048575")
     if major < 256 and minor < 256:
         return struct.pack("<II", major << 8 | minor, 0)
     return struct.pack("<II", 0, (minor & 0xFF) | major << 8 | (minor & ~0xFF) << 12)
@@ -395,13 +422,10 @@ def _device(major: int, minor: int) -> bytes:
 def _time(ns: int) -> tuple[int, int]:
     """(low 32 bits of the seconds, nanoseconds and two more bits of seconds); years 1901 to 2446."""
     seconds, nanoseconds = divmod(ns, 10**9)
-    seconds = max(-(1 << 31), min(seconds, (1 << 34) - (1 << 31) - 1))
-    epoch = (seconds - ((seconds + (1 << 31)) % (1 << 32) - (1 << 31))) >> 32
-    return seconds & 0xFFFFFFFF, nanoseconds << 2 | epoch & 3
-
-
-def _round(length: int) -> int:
-    return (length + 3) & ~3
+    if not -(1 << 31) <= seconds < 1 << 31:
+        seconds = max(-(1 << 31), min(seconds, (1 << 34) - (1 << 31) - 1))
+    epoch = (seconds + (1 << 31)) >> 32
+    return seconds & 0xFFFFFFFF, nanoseconds << 2 | epoch
 
 
 def _set_bits(bits: bytearray, first: int, count: int) -> None:
