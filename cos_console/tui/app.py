@@ -91,7 +91,7 @@ class Console(App[int]):
 
     def on_resize(self) -> None:
         if self.is_running:
-            self.draw()
+            self.call_after_refresh(self.draw)  # the new size is not in force before
 
     def page(self) -> Page:
         now = datetime.now(UTC).strftime("%H:%M UTC")

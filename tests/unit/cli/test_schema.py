@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_status_schema_is_the_one_of_the_types() -> None:
-    made = msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Machine), order="deterministic")) + b"\n"
+    made = (
+        msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Machine), order="deterministic")) + b"\n"
+    )
     stored = ROOT / "assets/status.schema.json"
     assert stored.read_bytes() == made, "write it anew: python -m tests.unit.cli.test_schema"
 
@@ -26,5 +28,7 @@ def test_every_exit_code_is_in_the_help_and_in_the_readme() -> None:
 
 
 if __name__ == "__main__":
-    made = msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Machine), order="deterministic")) + b"\n"
+    made = (
+        msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Machine), order="deterministic")) + b"\n"
+    )
     (ROOT / "assets/status.schema.json").write_bytes(made)
