@@ -24,7 +24,9 @@ def main() -> int:
     device = ""
     try:
         say("making a sandbox disk (GPT, cOS 1.0 active, 0.9 passive) and two images to upgrade to")
-        recipe = Recipe(active=Derivative("1.0", payload_mib=40), image_mib=96, state_mib=512, recovery_mib=160)
+        recipe = Recipe(
+            active=Derivative("1.0", payload_mib=40), image_mib=96, state_mib=512, recovery_mib=160
+        )
         disk = make_disk(work / "disk.img", recipe)
         image = make_derivative_image(work / "images", Derivative("2.0", payload_mib=60))
         make_derivative_image(work / "images-next", Derivative("2.1", payload_mib=60))
@@ -65,7 +67,9 @@ def headless(disk: SandboxDisk, device: str, reference: str, work: Path) -> int:
     run(["e2fsck", "-fn", part])
     print("e2fsck -fn on COS_STATE: clean")
     after = slot_hash(disk, "active", work)
-    print(f"active after the roll back is the 1.0 of before, byte for byte: {'yes' if before == after else 'NO'}")
+    print(
+        f"active after the roll back is the 1.0 of before, byte for byte: {'yes' if before == after else 'NO'}"
+    )
     if shutil.which("grub-fstest"):
         version = run(["grub-fstest", part, "crc", "--", "(loop0)/cOS/active.img"]).decode().strip()
         print(f"GRUB's own code reads active.img whole (crc {version})")
