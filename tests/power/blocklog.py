@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.power.disks import OEM, STATE, mounted
+from tests.power.disks import OEM, STATE, NotOurs, mounted
 from tests.power.judge import SECTOR, Changed
 
 MAGIC, FLUSH, FUA, DISCARD = 0x6A736677736872, 1, 2, 4
@@ -104,6 +104,8 @@ def logged(base: Path, work: Path) -> Iterator[Logged]:
                 raise RuntimeError(f"qemu-storage-daemon: {daemon.poll()}")
             time.sleep(0.01)
         with mounted(door, STATE, work / "state") as state, mounted(door, OEM, work / "oem") as oem:
+            if not (state / "cOS").is_dir() or not (oem / "grubenv").is_file():
+                raise NotOurs("another disk is mounted here than the one just made")
             yield Logged(log, state, oem)
     finally:
         daemon.terminate()

@@ -7,6 +7,7 @@ slot image has a build id in kernel, initrd and os-release, and os-release names
 
 import contextlib
 import hashlib
+import os
 import random
 import shutil
 import subprocess
@@ -42,6 +43,23 @@ def tool(*argv: object) -> str:
     return done.stdout
 
 
+class NotOurs(RuntimeError):
+    """Another program took the loop device between attaching and mounting: nothing was tested yet."""
+
+
+def _ours(loop: str, file: Path, part: Part, where: Path) -> None:
+    """Loop devices are the whole machine's: be sure that what is mounted is what was meant."""
+    info = Path("/sys/block", Path(loop).name)
+    try:
+        backing = (info / "loop/backing_file").read_text().strip()
+        offset = int((info / "loop/offset").read_text())
+        major, minor = (int(n) for n in (info / "dev").read_text().split(":"))
+    except OSError as error:
+        raise NotOurs(f"{loop} is gone: {error}") from error
+    if (backing, offset, os.makedev(major, minor)) != (str(file.resolve()), part.offset, where.stat().st_dev):
+        raise NotOurs(f"{loop} holds {backing} at {offset}, wanted {file} at {part.offset}")
+
+
 @contextlib.contextmanager
 def mounted(file: Path, part: Part, where: Path, options: str = "rw") -> Iterator[Path]:
     """One partition of a disk file, mounted through a loop device of its own."""
@@ -50,6 +68,7 @@ def mounted(file: Path, part: Part, where: Path, options: str = "rw") -> Iterato
     try:
         tool("mount", "-o", options, loop, where)
         try:
+            _ours(loop, file, part, where)
             yield where
         finally:
             tool("umount", where)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cos_console.slots import guard, switch
+from cos_console.slots import guard, recover, switch
 from cos_console.slots.port import Volume
 from cos_console.slots.switch import (
     ACTIVE,
@@ -19,7 +19,7 @@ from cos_console.slots.switch import (
     Situation,
 )
 from tests.power import blocklog
-from tests.power.cuts import ENV, SUPERBLOCK, Bench, Case, moves, restore_active
+from tests.power.cuts import ENV, SUPERBLOCK, Bench, Case, Operation, moves, restore_active
 from tests.power.disks import Slots
 from tests.power.recorder import Recorder
 
@@ -206,3 +206,46 @@ def touch(port: Recorder) -> None:
     port.create(RETIRED)
     port.fsync_dir(RETIRED.directory)
     port.checkpoint(Volume.STATE)
+
+
+def interrupted(kind: str, row: tuple[switch.Move, ...], count: int, way: str) -> Operation:
+    """The first `count` moves, then what the next start does; both are cut."""
+
+    def inode(port: Recorder, name: str) -> int | None:
+        found = port.stat(ACTIVE.beside(name))
+        return found.inode if found else None
+
+    def run(port: Recorder) -> None:
+        names = ("active.img", "passive.img", "retired.img", "transition.img")
+        a, p, _, n = (inode(port, name) for name in names)
+        recorded = recover.Recorded(kind, a, p, n, Guard("cos"))
+        switch.run(port, row[:count], (ENV,))
+        seen = recover.Observed(*(inode(port, name) for name in names))
+        decide = recover.finish if way == "finish" else recover.undo
+        switch.run(port, decide(seen, recorded, Situation()) or (), (ENV,))
+
+    return run
+
+
+UP_ROW, SWAP_ROW = switch.upgrade(Situation(), keep_active=True), switch.swap(Situation())
+REPAIRS = [
+    *(
+        Case(f"{way} of an upgrade after {n} moves", interrupted("upgrade-keep-active", UP_ROW, n, way))
+        for n in range(1, len(UP_ROW))
+        for way in ("finish", "undo")
+    ),
+    *(
+        Case(
+            f"{way} of a swap after {n} moves", interrupted("swap", SWAP_ROW, n, way), slots=TWO, kind="swap"
+        )
+        for n in range(1, len(SWAP_ROW))
+        for way in ("finish", "undo")
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REPAIRS, ids=lambda c: c.name)
+def test_a_repair_that_is_cut_too_leaves_something_whole_that_boots(case: Case, work: Path) -> None:
+    tally = Bench(case, work).blocks(10)
+    print(f"\nrepair, {case.name}: {tally}")
+    assert tally.unbootable == 0, tally
