@@ -142,7 +142,7 @@ class Console(App[int]):
             self.query_one("#text", Static).update("This terminal is too small: 60x15 is needed. q leaves.")
             return
         page, room = self.page(), width - 3
-        head = "   ".join(page.head)[: room - len(page.right)]
+        head = "   ".join(page.head)[: room - len(page.right) - 3]
         self.query_one("#head", Static).update(head.ljust(room - len(page.right)) + page.right)
         self.query_one("#verdict", Static).update(
             content([((_span(f"{MARKS.get(page.mark, ' ')} {self.problem or page.verdict}", page.mark)),)])
