@@ -24,7 +24,7 @@ def resolve(reference: ImageReference, settings: SourceSettings, platform: Platf
         case Transport.OCI_ARCHIVE:
             return open_oci_archive(reference, wanted)
         case Transport.DOCKER_ARCHIVE:
-            return open_docker_archive(reference)
+            return open_docker_archive(reference, wanted)
         case Transport.DOCKER:
             return registry.open_registry(reference, settings, wanted)
         case Transport.DOCKER_DAEMON:

@@ -6,6 +6,7 @@ Source: OCI image spec 1.1 (manifest.md, image-index.md, config.md) and Docker's
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 
 from cos_console.model.image import (
@@ -47,18 +48,25 @@ def resolve_manifest(
     reference: ImageReference, data: bytes, digest: Digest, fetch: Fetch, platform: Platform, tag: str
 ) -> ResolvedImage:
     """Follow indexes (three deep at most) to the manifest for `platform`. Raises Problem."""
+    told = False
     for _ in range(3):
         document = load(data, digest, str(reference))
         if "manifests" not in document:
             break
-        digest = _choose(document, platform, reference)
+        digest, told = _choose(document, platform, reference)
         data = fetch(digest, "manifest", MANIFEST_LIMIT)
     else:
         raise bad_image(reference, "its index leads to another index too often")
+    if document.get("schemaVersion") == 1:
+        raise bad_image(
+            reference, "its manifest is of schema 1, which nothing makes since 2016; push it again"
+        )
     if document.get("schemaVersion") != 2 or "layers" not in document:
-        raise bad_image(reference, "its manifest is of a kind that is not read here (schema 1, or no image)")
+        raise bad_image(reference, "its manifest is not one of a container image")
     config_digest = _digest(_dict(document.get("config"), reference), reference)
     config = load(fetch(config_digest, "config", CONFIG_LIMIT), config_digest, str(reference))
+    if not told:
+        require_platform(platform_of(config), platform, reference)
     diff_ids = _list(_dict(config.get("rootfs"), reference).get("diff_ids"), reference)
     descriptors = [_dict(d, reference) for d in _list(document["layers"], reference)]
     if len(diff_ids) != len(descriptors) or not descriptors or len(descriptors) > 1000:
@@ -79,20 +87,14 @@ def resolved(
     inner = config.get("config")
     raw = inner.get("Labels") if isinstance(inner, dict) else None
     labels = {str(k): str(v) for k, v in raw.items()} if isinstance(raw, dict) else {}
-    os_name, architecture = config.get("os"), config.get("architecture")
-    platform = (
-        Platform(str(os_name), str(architecture), str(config.get("variant") or ""))
-        if os_name and architecture
-        else None
-    )
     return ResolvedImage(
         reference=reference,
         digest=digest,
         config_digest=config_digest,
-        platform=platform,
+        platform=platform_of(config),
         layers=layers,
-        version=labels.get(_VERSION) or (tag if tag != "latest" else ""),
-        created=str(config.get("created") or ""),
+        version=version_of(labels, tag),
+        created=readable(str(config.get("created") or "")),
         transfer_bytes=sum(layer.size_bytes for layer in layers),
         unpacked_bytes=None,
         labels=labels,
@@ -130,50 +132,99 @@ def load_json(data: bytes, what: str) -> dict[str, object]:
 def bad_image(reference: ImageReference, why: str) -> Problem:
     return Problem(
         "COS-MANIFEST",
-        f"{reference} can't be used: {why}.",
+        f"{reference} can't be used: {readable(why, 400)}.",
         now="Choose another image, or tell its maker.",
         exit_code=ExitCode.SOURCE,
     )
 
 
-def _choose(index: dict[str, object], wanted: Platform, reference: ImageReference) -> Digest:
-    offered = []
+def platform_of(config: dict[str, object]) -> Platform | None:
+    """What a configuration says it runs on; None where it says nothing."""
+    os_name, architecture, variant = (
+        readable(str(config.get(key) or "")) for key in ("os", "architecture", "variant")
+    )
+    return Platform(os_name, architecture, variant) if os_name and architecture else None
+
+
+def require_platform(have: Platform | None, wanted: Platform, reference: ImageReference) -> None:
+    """Raises Problem COS-PLATFORM for an image that says it is for another kind of machine."""
+    if have is not None and fitness(have, wanted) == 0:
+        raise _not_offered(reference, wanted, [str(have)])
+
+
+def fitness(have: Platform, machine: Platform) -> int:
+    """How well an image for `have` fits `machine`: 0 not at all, more is better.
+
+    Variants (OCI image-index.md): an ARM machine runs what was built for its own and for older versions; an
+    x86-64 image of a higher micro-architecture level (v2, v3, v4) runs only where that level was asked for.
+    """
+    if (have.os, have.architecture) != (machine.os, machine.architecture):
+        return 0
+    if have.variant == machine.variant:
+        return 100
+    base = {"amd64": "v1", "arm64": "v8"}.get(have.architecture)
+    if not have.variant or have.variant == base:
+        return 50
+    if have.architecture == "arm":
+        built, runs = (re.fullmatch(r"v(\d)", v) for v in (have.variant, machine.variant))
+        if built and runs and built[1] <= runs[1]:
+            return 50 + int(built[1])
+    return 0
+
+
+def version_of(labels: dict[str, str], tag: str) -> str:
+    """As shown to people: the label, else the tag unless that says nothing."""
+    return readable(labels.get(_VERSION) or (tag if tag != "latest" else ""))
+
+
+def readable(text: str, limit: int = 128) -> str:
+    """Text from an image that may go to a terminal: no control characters, not endless."""
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])
+
+
+def _choose(index: dict[str, object], wanted: Platform, reference: ImageReference) -> tuple[Digest, bool]:
+    """The manifest that fits best, and whether the index itself says what platform it is for."""
+    offered: list[str] = []
+    unsaid: list[Digest] = []
     best: tuple[int, Digest] | None = None
     for raw in _list(index["manifests"], reference):
         entry = _dict(raw, reference)
         if entry.get("mediaType") and entry["mediaType"] not in _MANIFESTS | _INDEXES:
             continue
+        annotations = entry.get("annotations")
+        if isinstance(annotations, dict) and "vnd.docker.reference.type" in annotations:
+            continue  # build attestations stand in the index as if they were images
         platform = entry.get("platform")
-        if not isinstance(platform, dict):
-            best = best or (0, _digest(entry, reference))
+        have = platform_of(platform) if isinstance(platform, dict) else None
+        if have is None:
+            unsaid.append(_digest(entry, reference))
             continue
-        have = Platform(
-            str(platform.get("os") or ""),
-            str(platform.get("architecture") or ""),
-            str(platform.get("variant") or ""),
-        )
         offered.append(str(have))
-        if (have.os, have.architecture) != (wanted.os, wanted.architecture):
-            continue
-        score = 3 if have.variant == wanted.variant else 2 if not have.variant else 1
-        if best is None or score > best[0]:
+        score = fitness(have, wanted)
+        if score and (best is None or score > best[0]):
             best = (score, _digest(entry, reference))
-    if best is None:
-        raise Problem(
-            "COS-PLATFORM",
-            f"{reference} is not offered for {wanted}; it is for {', '.join(offered) or 'none'}.",
-            now="Choose an image for this machine's architecture.",
-            exit_code=ExitCode.SOURCE,
-        )
-    return best[1]
+    if best is not None:
+        return best[1], True
+    if len(unsaid) == 1 and not offered:
+        return unsaid[0], False
+    raise _not_offered(reference, wanted, offered)
+
+
+def _not_offered(reference: ImageReference, wanted: Platform, offered: list[str]) -> Problem:
+    return Problem(
+        "COS-PLATFORM",
+        f"{reference} is not offered for {wanted}; it is for {', '.join(offered[:20]) or 'none that it names'}.",
+        now="Choose an image for this machine's architecture.",
+        exit_code=ExitCode.SOURCE,
+    )
 
 
 def _layer(descriptor: dict[str, object], diff_id: str, reference: ImageReference) -> Layer:
     media = str(descriptor.get("mediaType"))
     if media not in _COMPRESSIONS or descriptor.get("urls"):
-        raise bad_image(reference, f"a layer of kind {media[:80]}, which is not read here")
+        raise bad_image(reference, f"a layer of kind {readable(media)}, which is not read here")
     size = descriptor.get("size")
-    if not isinstance(size, int) or size < 0:
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 50:
         raise bad_image(reference, "a layer without a size")
     try:
         plain = parse_digest(diff_id)

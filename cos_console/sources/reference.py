@@ -25,7 +25,9 @@ def parse_reference(text: str) -> ImageReference:
     if colon and prefix in _PATHS:
         if not rest:
             raise _bad(text, "a path must follow")
-        file, _, ref = _split_path(rest)
+        file, _, ref = (rest, "", "") if prefix == "dir" else _split_path(rest)
+        if "\0" in rest:
+            raise _bad(text, "a path can't have a NUL in it")
         return ImageReference(
             _PATHS[prefix], f"{Path(file).absolute()}:{ref}" if ref else str(Path(file).absolute())
         )
@@ -36,6 +38,10 @@ def parse_reference(text: str) -> ImageReference:
     name = text.removeprefix("docker://")
     if "://" in name or name.startswith("docker:"):
         raise _bad(text, "the transport is not known")
+    if name.startswith(("/", "./", "../")):
+        raise _bad(
+            text, "it looks like a path, so it needs oci:, oci-archive:, docker-archive: or dir: before it"
+        )
     return ImageReference(Transport.DOCKER, _name(name, text))
 
 
@@ -54,8 +60,9 @@ def split_name(location: str) -> tuple[str, str, str, str]:
 
 
 def _split_path(rest: str) -> tuple[str, str, str]:
-    head, colon, ref = rest.rpartition(":")
-    if colon and head and "/" not in ref and not Path(rest).exists():
+    """At the first colon, as containers-transports(5) has it, unless a file of the whole name is there."""
+    head, colon, ref = rest.partition(":")
+    if colon and head and not Path(rest).exists():
         return head, colon, ref
     return rest, "", ""
 
@@ -70,13 +77,18 @@ def _name(name: str, whole: str, *, engine: bool = False) -> str:
         except ValueError:
             raise _bad(whole, "what follows @ is not a digest") from None
     first, slash, rest = name.partition("/")
-    if slash and ("." in first or ":" in first or first == "localhost" or first.startswith("[")):
+    if slash and ("." in first or ":" in first or first == "localhost" or first != first.lower()):
         host, path = first, rest
+        if host == "index.docker.io":
+            host = "docker.io"
     else:
         host, path = "docker.io", name
     path, colon, tag = path.partition(":")
     if host == "docker.io" and "/" not in path:
         path = f"library/{path}"
+    port = re.search(r":(\d+)$", host)
+    if port and not 0 < int(port[1]) < 1 << 16:
+        raise _bad(whole, "there is no such port")
     if not _HOST.fullmatch(host) or not _REPOSITORY.fullmatch(path) or len(path) > 255:
         raise _bad(whole, "the name is not a valid repository name")
     if colon and not _TAG.fullmatch(tag):
@@ -87,6 +99,7 @@ def _name(name: str, whole: str, *, engine: bool = False) -> str:
 
 
 def _bad(text: str, why: str) -> Problem:
+    text = re.sub(r"[^/@\s]*:[^/@\s]*@(?!sha)", "", text)  # somebody's user:password@ is not for the log
     return Problem(
         "COS-REFERENCE",
         f"{text[:120]!r} does not name an image: {why}.",

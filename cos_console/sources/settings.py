@@ -6,7 +6,15 @@ import msgspec
 
 from cos_console.model.image import Digest, Platform, ResolvedImage
 
-_ARCHITECTURES = {"x86_64": ("amd64", ""), "aarch64": ("arm64", "v8"), "armv7l": ("arm", "v7")}
+_ARCHITECTURES = {
+    "x86_64": ("amd64", ""),
+    "i686": ("386", ""),
+    "aarch64": ("arm64", "v8"),
+    "armv8l": ("arm", "v8"),
+    "armv7l": ("arm", "v7"),
+    "armv6l": ("arm", "v6"),
+}
+"""uname's names to those of GOARCH; the others are the same in both."""
 
 
 class SourceSettings(msgspec.Struct, frozen=True, kw_only=True):
