@@ -1,7 +1,7 @@
 """One layer's bytes, checked while they come, as the tar stream inside.
 
 gzip (RFC 1952, several members) by isal, zstd (RFC 8878, several frames) by zstandard, or plain; told by the
-first bytes, as the container runtimes do. What is taken in is hashed; output comes in pieces of at most 1 MiB,
+first bytes, as the container runtimes do. What is taken in is hashed; output comes in pieces of at most 256 KiB,
 however small the input that makes it. Limits stand before memory is taken: the zstd window, the inflated size.
 """
 
@@ -18,7 +18,7 @@ from cos_console.formats.readat import FormatError
 from cos_console.model.image import Layer, LayerStream
 from cos_console.model.problem import ExitCode, Problem
 
-PIECE = 1 << 20
+PIECE = 256 << 10
 _READ = 256 << 10
 _GZIP_ERROR = cast("type[Exception]", igzip_lib.IsalError)  # its type stub calls it an instance
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -208,7 +208,7 @@ class _Input:
 class Ahead:
     """Reads a few pieces ahead in a thread, so that one stream keeps two processors busy."""
 
-    def __init__(self, read: Callable[[], bytes], depth: int = 4) -> None:
+    def __init__(self, read: Callable[[], bytes], depth: int = 16) -> None:
         self._read = read
         self._pieces: queue.Queue[bytes | BaseException] = queue.Queue(depth)
         self._ended = False

@@ -5,6 +5,7 @@ change of a disk goes through that port. OSError and FormatError become a Proble
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from cos_console.formats import grubenv
 from cos_console.formats.ext4.reader import Ext4
 from cos_console.formats.grubcfg import parse_bootargs
 from cos_console.formats.readat import FileReadAt, FormatError
@@ -347,21 +349,22 @@ def repair(ctx: OperationContext) -> None:
             ctx.note("the operation was done already; swap brings the other system back")
         else:
             switch.run(ctx.port, _for(ctx, moves), ctx.environment)
+            if not finish:
+                _environment_back(ctx, found)
         record.drop(ctx.port)
 
 
 def _recorded_situation(plan: Plan, ctx: OperationContext) -> Situation:
-    """The situation as the recorded plan had it: what was sound then decides the order that was begun."""
-    sound = {n for n, i in plan.facts.slots.items() if i is not None}
-    now = ctx.situation
-    return Situation(
-        labels=now.labels,
-        active_sound=SlotName.ACTIVE.value in sound,
-        passive_sound=SlotName.PASSIVE.value in sound,
-        recovery_sound=now.recovery_sound,
-        final=Guard("fallback", "cos") if plan.request.try_once else Guard("cos"),
-        entries=ctx.entries,
-    )
+    """What is sound is looked at now, for the guard must boot now; how it shall end is the recorded plan's."""
+    final = Guard("fallback", "cos") if plan.request.try_once else Guard("cos")
+    return dataclasses.replace(ctx.situation, final=final)
+
+
+def _environment_back(ctx: OperationContext, found: record.Record) -> None:
+    """What was unset before is unset again, block by block; the undone guard has set it empty."""
+    for place in ctx.environment:
+        before = grubenv.variables(found.environment.get(str(place), grubenv.empty_block()))
+        guard.write(ctx.port, (place,), {k: before.get(k) for k in ("saved_entry", "next_entry")})
 
 
 def discard_transition(ctx: OperationContext) -> None:

@@ -88,7 +88,7 @@ def upgrade(situation: Situation, *, keep_active: bool) -> tuple[Move, ...]:
     ids = situation.entries
     if not keep_active:
         return (
-            *_maybe_guard(situation, passive=True),
+            *_maybe_guard(situation, passive=situation.passive_sound),
             Rename(TRANSITION, ACTIVE),
             situation.final,
         )
