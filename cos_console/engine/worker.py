@@ -55,6 +55,7 @@ class Engine:
         self._log = (directory / "events.jsonl").open("ab", buffering=0)
         self._emitting = threading.Lock()
         self._cancel = threading.Event()
+        self._gate = threading.RLock()  # the signal handler runs in the thread that may hold it
         self._step = 0
         self._last_progress: Progress | None = None
         self._last_time = 0.0
@@ -120,7 +121,12 @@ class Engine:
         switching = False
         try:
             for step in self._plan.steps[1:]:
-                if self._cancel.is_set() and step.cancellable:
+                # One lock for both: a cancel that was accepted is never overtaken by the switch.
+                with self._gate:
+                    stopped = self._cancel.is_set() and not switching
+                    if not stopped:
+                        self._step = self._plan.steps.index(step)
+                if stopped:
                     raise Problem(
                         "COS-CANCELLED",
                         "The operation was stopped on request.",
@@ -321,9 +327,10 @@ class Engine:
 
     def request_cancel(self) -> str:
         """`ok …` or `refused …`."""
-        if not self._plan.steps[self._step].cancellable:
-            return "refused The switch has begun; it is too late to stop."
-        self._cancel.set()
+        with self._gate:
+            if not self._plan.steps[self._step].cancellable:
+                return "refused The switch has begun; it is too late to stop."
+            self._cancel.set()
         return "ok The operation is being stopped; nothing of the slots was changed."
 
     def _listen(self) -> None:
