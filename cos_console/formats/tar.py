@@ -72,12 +72,15 @@ class TarEntry(NamedTuple):
 class ByteStream:
     """Chunks of bytes of any length as one stream. Who is in a hurry reads `data` from `at` on by himself."""
 
-    __slots__ = ("_next", "at", "data")
+    __slots__ = ("_later", "_later_at", "_next", "at", "data")
 
     def __init__(self, next_chunk: Callable[[], bytes]) -> None:
         self._next = next_chunk
         self.data = b""
         self.at = 0
+        # Where two chunks meet, `data` is a short bridge over the seam; the chunk goes on here behind it.
+        self._later = b""
+        self._later_at = 0
 
     def ensure(self, length: int) -> bool:
         """Have `length` bytes in `data` from `at` on; False when the stream ends before."""
@@ -85,15 +88,21 @@ class ByteStream:
         if have >= length:
             return True
         parts = [self.data[self.at :]] if have else []
-        while have < length:
-            chunk = self._next()
-            if not chunk:
-                break
-            parts.append(chunk)
-            have += len(chunk)
-        self.data = parts[0] if len(parts) == 1 else b"".join(parts)
-        self.at = 0
-        return have >= length
+        while True:
+            chunk, at = self._later, self._later_at
+            if at == len(chunk):
+                chunk, at = self._next(), 0
+            if not parts and len(chunk) - at >= length:
+                self.data, self.at = chunk, at
+                self._later, self._later_at = b"", 0
+                return True
+            piece = chunk[at : at + length - have]
+            parts.append(piece)
+            have += len(piece)
+            self._later, self._later_at = chunk, at + len(piece)
+            if have >= length or not chunk:
+                self.data, self.at = b"".join(parts), 0
+                return have >= length
 
     def take(self, length: int) -> bytes:
         """Exactly `length` bytes; fewer only when the stream has ended."""
@@ -105,6 +114,7 @@ class ByteStream:
     def drain(self) -> None:
         """Read to the end, so that a digest over the stream covers all of it."""
         self.data, self.at = b"", 0
+        self._later, self._later_at = b"", 0
         while self._next():
             pass
 
