@@ -189,7 +189,7 @@ class Tree:
         parent = self._walk(head, entry.name)
         node = parent.children.get(last) if parent is not None and parent.children is not None else None
         if node is None:
-            node = hidden.get(path)  # whited out by this same layer: the link was made before
+            node = _hidden(path, hidden)  # whited out by this same layer: the link was made before
         if node is None or not path:
             _refuse(entry.name, f"a hard link to {show(entry.link)}, which is not there")
         if node.children is not None:
@@ -246,6 +246,18 @@ class Tree:
         return Node(stat_module.S_IFDIR | 0o755, self._created_ns, {})
 
 
+def _hidden(path: bytes, hidden: dict[bytes, Node]) -> Node | None:
+    """What stood at `path`, or at `path` inside a directory, that the layer has just hidden."""
+    parts = path.split(b"/")
+    for n in range(len(parts), 0, -1):
+        node = hidden.get(b"/".join(parts[:n]))
+        for part in parts[n:]:
+            node = node.children.get(part) if node is not None and node.children is not None else None
+        if node is not None:
+            return node
+    return None
+
+
 def clean(name: bytes, named: bytes | None = None) -> bytes:
     """A member's name as a path from the root: no empty parts, `.` or `..`; empty for the root itself.
 
@@ -277,6 +289,8 @@ def _describe(node: Node, entry: TarEntry) -> None:
         node.size = size
         node.runs = runs
     elif kind == tar.SYMLINK:
+        node.mode |= 0o777  # a link has no permissions of its own on Linux
+        node.mode &= ~0o7000
         node.link = link
     else:
         node.major = major

@@ -284,16 +284,22 @@ class _Layout:
         self._runs: list[tuple[int, int, int]] = []
         self.at = 0
         """Bytes of the file that are laid out, holes included."""
+        self._begun = False
+        """The block at `at` is partly written and still in the writer's hand."""
 
     @property
     def aligned(self) -> bool:
         return self.at % BLOCK == 0
 
     def put(self, data: memoryview) -> None:
-        head = -self.at % BLOCK
-        if head:  # the block is begun
+        inside = self.at % BLOCK
+        if inside and self._begun:
+            head = min(BLOCK - inside, len(data))
             self._bytes(data[:head])
             data = data[head:]
+        elif inside:
+            self.at -= inside
+            data = memoryview(bytes(inside) + data)
         while data:
             if not self._left:
                 self._first, self._left = self._space.take(-(-len(data) // BLOCK))
@@ -308,24 +314,23 @@ class _Layout:
 
     def skip_to(self, offset: int) -> None:
         """Zeros up to `offset`: whole blocks of them are holes."""
-        if offset > self.at and not self.aligned:
+        if self._begun and offset > self.at:
             count = min(offset - self.at, -self.at % BLOCK)
             self._writer.zeros(count)
             self.at += count
-        if offset > self.at:
-            rest = offset % BLOCK
-            self.at = offset - rest
-            if rest:
-                self.put(memoryview(_ZEROS[:rest]))
+            self._begun = self.at % BLOCK != 0
+        self.at = max(self.at, offset)
 
     def end(self) -> Runs:
         """Fill the last block up; a hole at the end needs nothing."""
-        self._writer.zeros(-self.at % BLOCK)
+        if self._begun:
+            self._writer.zeros(-self.at % BLOCK)
         return tuple(self._runs)
 
     def _bytes(self, data: memoryview) -> None:
         self._writer.put(data)
         self.at += len(data)
+        self._begun = self.at % BLOCK != 0
 
     def _note(self, first: int, blocks: int) -> None:
         logical = self.at // BLOCK

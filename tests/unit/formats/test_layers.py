@@ -105,6 +105,11 @@ def test_types_change_between_layers() -> None:
     }  # fmt: skip
 
 
+def test_a_link_has_no_permissions_of_its_own() -> None:
+    tree = merged([entry("l", tar.SYMLINK, link="x", mode=0o4600)])
+    assert (tree.root.children or {})[b"l"].mode == stat.S_IFLNK | 0o777
+
+
 def test_a_directory_entry_keeps_the_content_and_takes_the_new_mode() -> None:
     tree = merged([d("a", 0o700), f("a/x", 1)], [d("a", 0o1777)])
     assert listing(tree) == {"a": None, "a/x": 1}
@@ -146,6 +151,8 @@ def test_hard_links_share_one_node_across_layers_and_keep_it_when_the_first_name
     assert listing(tree) == {"b": 1}
     tree = merged([f("a", 1)], [entry(".wh.a"), hard("b", "a")])
     assert listing(tree) == {"b": 1}
+    tree = merged([f("d/e/a", 1)], [hard("d/b", "d/e/a"), entry(".wh.d")])
+    assert listing(tree) == {"d": None, "d/b": 1}
 
 
 def test_a_hard_link_to_a_link_is_the_link() -> None:
