@@ -89,6 +89,7 @@ def _upgrade_plan(args: argparse.Namespace) -> tuple[Plan, object]:
         image=reference,
         try_once=args.try_once,
         image_size_bytes=args.size << 20 if args.size else None,
+        remove_passive_first=args.remove_passive_first,
     )
     content = resolve(reference, settings)
     content.close()
@@ -133,7 +134,10 @@ def _simple(args: argparse.Namespace, action: Action, slot: str | None) -> int:
     _idle()
     machine = _scan(args)
     request = Request(
-        action=action, installation=_one(machine).id, target_slot=SlotName(slot) if slot else None
+        action=action,
+        installation=_one(machine).id,
+        target_slot=SlotName(slot) if slot else None,
+        swap_by_copy=getattr(args, "by_copy", False),
     )
     return _act(args, make_plan(machine, request), None)
 

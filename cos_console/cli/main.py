@@ -73,6 +73,11 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument(
             "--try-once", action="store_true", help="boot it once; passive stays the default until confirm"
         )
+        c.add_argument(
+            "--remove-passive-first",
+            action="store_true",
+            help="where three images have no room: give up passive before the upgrade (no fallback meanwhile)",
+        )
         c.add_argument("--ca", metavar="FILE", default="", help="certificate authority of the registry (PEM)")
         c.add_argument(
             "--insecure-registry",
@@ -98,6 +103,9 @@ def parser() -> argparse.ArgumentParser:
     )
     rollback.add_argument(
         "--slot", choices=["active", "passive", "recovery"], help="which slot, for once and default"
+    )
+    rollback.add_argument(
+        "--by-copy", action="store_true", help="swap through a copy of passive, without recovery as guard"
     )
     command("confirm", "Keep what was tried once: it becomes the default.", changes=True)
     repair = command("repair", "Mend what an interrupted operation left.", changes=True)

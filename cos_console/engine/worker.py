@@ -34,8 +34,8 @@ from cos_console.model.event import (
 from cos_console.model.image import Content
 from cos_console.model.machine import Installation
 from cos_console.model.plan import Action, Plan, StepKind
-from cos_console.model.problem import ExitCode, Problem
-from cos_console.planner.plan import facts_of
+from cos_console.model.problem import ExitCode, Problem, from_report
+from cos_console.planner import facts_of
 from cos_console.slots import operations
 from cos_console.slots.build import BuildProgress
 from cos_console.slots.operations import OperationContext
@@ -185,6 +185,9 @@ class Engine:
                 operations.discard_transition(ctx)
             except Problem as second:
                 self._emit(Warned(time=stamp(), code=second.report.code, text=second.report.what))
+            if ctx.passive_given_up:
+                left = "active is exactly as before; passive was removed first, as consented."
+                problem = from_report(msgspec.structs.replace(problem.report, unchanged=left))
         return self._finish(problem, ctx)
 
     # --- ending ----------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ class OperationContext:
     note: Callable[[str], None]
     built: BuildResult | None = None
     entries: Entries = field(default_factory=Entries)
+    passive_given_up: bool = False
+    """With the operator's consent: there was no room for three images."""
 
     @property
     def situation(self) -> Situation:
@@ -64,7 +66,7 @@ class OperationContext:
         return Situation(
             labels=bool(kept and kept.expected_label),
             active_sound=SlotName.ACTIVE in sound,
-            passive_sound=SlotName.PASSIVE in sound,
+            passive_sound=SlotName.PASSIVE in sound and not self.passive_given_up,
             recovery_sound=SlotName.RECOVERY in sound,
             final=Guard("fallback", "cos") if self.plan.request.try_once else Guard("cos"),
             entries=self.entries,
@@ -201,6 +203,8 @@ def reserve(ctx: OperationContext) -> None:
     """A fresh transition.img, and the record that says what is going on."""
     with spoken("The new image could not be begun"):
         discard_transition(ctx)
+        if ctx.plan.request.remove_passive_first:
+            _give_up_passive(ctx)
         record.write(ctx.port, _record(ctx, "filling"))
         ctx.port.create(TRANSITION)
     free = ctx.port.free_bytes(Volume.STATE)
@@ -212,6 +216,16 @@ def reserve(ctx: OperationContext) -> None:
             now="Choose a smaller --size, or free space on the state partition.",
             exit_code=ExitCode.REFUSED,
         )
+
+
+def _give_up_passive(ctx: OperationContext) -> None:
+    """Nothing may name passive when it goes: active is the default first, and no other boot is pending."""
+    if ctx.port.stat(PASSIVE) is None:
+        return
+    guard.write(ctx.port, ctx.environment, {"saved_entry": ctx.entries.active, "next_entry": ""})
+    ctx.passive_given_up = True
+    switch.run(ctx.port, (switch.Unlink(PASSIVE),), ctx.environment)
+    ctx.note("passive was removed, as consented; until the upgrade is done there is no fallback but recovery")
 
 
 def fetch(ctx: OperationContext, content: Content) -> None:
@@ -269,7 +283,7 @@ def prove(ctx: OperationContext) -> str:
 
 def do_switch(ctx: OperationContext) -> None:
     """The new image becomes active, or the slots change places; from here on nothing is cancelled."""
-    if ctx.plan.request.action is Action.SWAP:
+    if _instant_swap(ctx.plan):
         with spoken("The swap could not be recorded"):
             record.write(ctx.port, _record(ctx, "proven"))
         moves = switch.swap(ctx.situation)
@@ -406,6 +420,11 @@ def _for(ctx: OperationContext, moves: tuple[switch.Move, ...]) -> tuple[switch.
     return moves if ctx.environment else tuple(m for m in moves if not isinstance(m, Guard))
 
 
+def _instant_swap(plan: Plan) -> bool:
+    """A swap through a copy writes an image, and is an upgrade to that copy."""
+    return plan.request.action is Action.SWAP and plan.image_size_bytes == 0
+
+
 def _keeps_active(ctx: OperationContext) -> bool:
     return ctx.plan.keep is SlotName.ACTIVE
 
@@ -423,8 +442,13 @@ def _inode(ctx: OperationContext, place: Place) -> int | None:
 
 
 def _record(ctx: OperationContext, stage: str) -> record.Record:
-    swap = ctx.plan.request.action is Action.SWAP
-    kind = "swap" if swap else "upgrade-keep-active" if _keeps_active(ctx) else "upgrade-keep-passive"
+    kind = (
+        "swap"
+        if _instant_swap(ctx.plan)
+        else "upgrade-keep-active"
+        if _keeps_active(ctx)
+        else "upgrade-keep-passive"
+    )
     return record.Record(
         operation=ctx.plan.id,
         kind=kind,
