@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     command("confirm", "Keep what was tried once: it becomes the default.", changes=True)
     repair = command("repair", "Mend what an interrupted operation left.", changes=True)
     repair.add_argument("way", choices=["finish", "undo", "relabel"])
-    repair.add_argument("--slot", choices=["active", "passive"], help="which slot, for relabel")
+    repair.add_argument("--slot", choices=["active", "passive", "recovery"], help="which slot, for relabel")
     command("history", "Show what was done to an installation.")
     command("attach", "Watch the operation at work, or read how the last one went.")
     command("cancel", "Stop the operation at work, while nothing of the slots is changed.")

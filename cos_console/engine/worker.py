@@ -36,7 +36,7 @@ from cos_console.model.machine import Installation
 from cos_console.model.plan import Action, Plan, StepKind
 from cos_console.model.problem import ExitCode, Problem, from_report
 from cos_console.planner import facts_of
-from cos_console.slots import operations
+from cos_console.slots import operations, repairs
 from cos_console.slots.build import BuildProgress
 from cos_console.slots.operations import OperationContext
 from cos_console.sources import SourceSettings, open_pinned
@@ -165,7 +165,7 @@ class Engine:
                 return operations.prove(ctx)
             case StepKind.SWITCH:
                 if self._plan.request.action in {Action.FINISH, Action.UNDO}:
-                    operations.repair(ctx)
+                    repairs.repair(ctx)
                 else:
                     operations.do_switch(ctx)
             case StepKind.BOOT_CHOICE:

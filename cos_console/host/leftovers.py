@@ -17,7 +17,10 @@ def find_leftovers(
     """`state_files`, `recovery_files`: path to node of what lies in cOS/ of the two partitions."""
     found: list[Leftover] = []
     record = RECORD in state_files
-    repair = "finish" if record else "undo"
+    active = next((s for s in slots if s.name is SlotName.ACTIVE), None)
+    cut = active is not None and active.state is SlotState.MISSING
+    """The switch itself was cut: the new image waits for active's name."""
+    repair = "finish" if record or cut else "undo"
     if record:
         found.append(
             Leftover(
@@ -31,7 +34,7 @@ def find_leftovers(
     for path, node in state_files.items():
         name = path.rpartition("/")[2]
         if name in {"transition.img", "transition.squashfs"}:
-            found.append(_transition(path, node, "upgrade", repair))
+            found.append(_waiting(path, node) if cut else _transition(path, node, "upgrade", repair))
         elif name == "retired.img":
             found.append(
                 Leftover(
@@ -47,6 +50,17 @@ def find_leftovers(
         if path.rpartition("/")[2] in {"transition.img", "transition.squashfs"}:
             found.append(_transition(path, node, "recovery upgrade", repair))
     return (*found, *_slot_leftovers({s.name: s for s in slots}, record))
+
+
+def _waiting(path: str, node: Node) -> Leftover:
+    return Leftover(
+        kind="transition-image",
+        path=path,
+        meaning="The new image of an upgrade that was cut off before it was named active.",
+        way_out="Finish it, if the image is whole, or undo it.",
+        repair="finish",
+        size_bytes=node.size_bytes,
+    )
 
 
 def _transition(path: str, node: Node, what: str, repair: str) -> Leftover:
@@ -78,10 +92,8 @@ def _slot_leftovers(slots: dict[SlotName, Slot], record: bool) -> tuple[Leftover
                 path=active.file,
                 meaning="An upgrade moved active to passive and was cut off before the new active came."
                 + (" Passive still has active's label, so it does not boot either." if moved else ""),
-                way_out="Give passive its label, then restore active from it."
-                if moved
-                else "Restore active from passive.",
-                repair=mend or ("relabel" if moved else "restore"),
+                way_out="Undo it: passive becomes active again." if moved else "Restore active from passive.",
+                repair=mend or ("undo" if moved else "restore"),
             )
         )
     if passive.state is SlotState.MISSING and active.state is not SlotState.MISSING:
@@ -94,13 +106,13 @@ def _slot_leftovers(slots: dict[SlotName, Slot], record: bool) -> tuple[Leftover
                 repair=mend,
             )
         )
-    both = (active, passive)
+    recovery = slots.get(SlotName.RECOVERY)
     wrong = [
         s
-        for s in both
+        for s in (active, passive, *((recovery,) if recovery and recovery.fs_type != "squashfs" else ()))
         if s.state is not SlotState.MISSING and s.expected_label and s.label != s.expected_label
     ]
-    if len(wrong) == 2 and {s.label for s in wrong} == _LABELS:
+    if wrong[:2] == [active, passive] and {s.label for s in wrong[:2]} == _LABELS:
         found.append(
             Leftover(
                 kind="swapped-labels",
@@ -110,9 +122,14 @@ def _slot_leftovers(slots: dict[SlotName, Slot], record: bool) -> tuple[Leftover
                 repair=mend or "relabel",
             )
         )
-        return tuple(found)
+        wrong = wrong[2:]
     for slot in wrong:
-        if slot.label == "" and slot.fs_type:
+        twice = slot is passive and slot.label == "COS_ACTIVE" == active.label
+        if slot is passive and slot.label == "COS_ACTIVE" and active.state is SlotState.MISSING:
+            continue  # told with the missing active
+        if twice:
+            meaning = "Active and passive both have the label COS_ACTIVE, so passive does not find its root."
+        elif slot.label == "" and slot.fs_type:
             meaning = (
                 f"The new image was given its name but not its label, so {slot.name} does not find its root."
             )
@@ -122,7 +139,7 @@ def _slot_leftovers(slots: dict[SlotName, Slot], record: bool) -> tuple[Leftover
             continue
         found.append(
             Leftover(
-                kind="wrong-label",
+                kind="two-active-labels" if twice else "wrong-label",
                 path=slot.file,
                 meaning=meaning,
                 way_out=f"Give it the label {slot.expected_label}.",

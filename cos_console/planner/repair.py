@@ -1,15 +1,19 @@
 """What an interruption left: finished, undone, or a label put right."""
 
-from cos_console.model.machine import SlotName, SlotState
+from cos_console.model.machine import BootOutlook, SlotName, SlotState
 from cos_console.model.plan import Action, Plan, SlotChange, Step, StepKind
 from cos_console.planner.given import CHECK, HISTORY, STATE_DIRECTORY, Given
 from cos_console.planner.words import disk, refused
 
 
+_MENDED = {"finish", "undo", "relabel"}
+"""Repairs of a left-over that finish and undo do; a missing slot alone needs a restore or an upgrade."""
+
+
 def plan_repair(given: Given) -> Plan:
     """Finish or undo. Raises Problem when nothing is left over."""
     inst = given.inst
-    if not inst.leftovers:
+    if not any(x.repair in _MENDED for x in inst.leftovers):
         raise refused(
             "COS-NOTHING", "Nothing is left over from an interrupted operation.", "There is nothing to do."
         )
@@ -32,11 +36,21 @@ def plan_repair(given: Given) -> Plan:
             ),
         ],
         changes=[],
-        boots_after=inst.boot,
+        boots_after=_boots_after(given),
         fate="; ".join(f"{x.path}: {x.meaning}" for x in inst.leftovers),
         undo="none needed",
         estimate=2.0,
     )
+
+
+def _boots_after(given: Given) -> BootOutlook:
+    """As before, unless the repair gives active its name back."""
+    found = {x.kind: x for x in given.inst.leftovers}
+    if "missing-active" not in found or "operation-record" in found:
+        return given.inst.boot
+    finish = given.request.action is Action.FINISH
+    named = "transition-image" in found if finish else found["missing-active"].repair == "undo"
+    return given.outlook(SlotName.ACTIVE, SlotName.ACTIVE) if named else given.inst.boot
 
 
 def plan_relabel(given: Given) -> Plan:
@@ -49,7 +63,12 @@ def plan_relabel(given: Given) -> Plan:
         title=f"Label {slot.name.value} of {disk(inst)} {slot.expected_label}",
         steps=[
             CHECK,
-            Step(kind=StepKind.RELABEL, title="Label", writes=f"COS_STATE:/{slot.file}", cancellable=False),
+            Step(
+                kind=StepKind.RELABEL,
+                title="Label",
+                writes=f"{'COS_RECOVERY' if slot.name is SlotName.RECOVERY else 'COS_STATE'}:/{slot.file}",
+                cancellable=False,
+            ),
             HISTORY,
         ],
         changes=[

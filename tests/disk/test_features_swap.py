@@ -64,11 +64,14 @@ def test_passive_is_given_up_only_with_consent_and_comes_back(
     target = ("--target", disk.path)
     # saved_entry names passive, so passive would be kept: make active the default first
     assert console("rollback", "default", "--slot", "active", *target, "--yes").returncode == 0
-    refused = console("upgrade", image_two.reference, *target, "--yes", "--size", "48")
+    inst = json.loads(console("status", "--json", *target).stdout)["installations"][0]
+    passive = next(s["allocated_bytes"] for s in inst["slots"] if s["name"] == "passive")
+    size = (inst["state_free_bytes"] + passive // 2) >> 20  # too much beside passive, enough without it
+    refused = console("upgrade", image_two.reference, *target, "--yes", "--size", size)
     assert refused.returncode == 3
     assert "--remove-passive-first" in refused.stderr
     assert slots(console, disk)["passive"] == "0.9 COS_PASSIVE sound"
-    words = ("upgrade", image_two.reference, *target, "--size", "48", "--remove-passive-first")
+    words = ("upgrade", image_two.reference, *target, "--size", size, "--remove-passive-first")
     shown = console(*words, "--dry-run")
     assert "until this is done there is no fallback" in shown.stdout
     done = console(*words, "--yes")

@@ -497,7 +497,7 @@ def test_w0_a_transition_image_is_left_over(disk):
 
 def test_w1_no_active_and_passive_with_actives_label(disk):
     found = only(disk(active=None, labels={"passive": "COS_ACTIVE"}, recovery=None).path)
-    assert kinds(found)["missing-active"] == "relabel"
+    assert kinds(found)["missing-active"] == "undo"
     assert slot(found, SlotName.PASSIVE).state is SlotState.MISLABELLED
     assert found.boot.next is None
 
