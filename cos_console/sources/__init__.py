@@ -1,17 +1,25 @@
 """Where an image comes from: resolved once, pinned by digest, streamed layer by layer."""
 
+from collections.abc import Callable
+
 from cos_console.model.image import Content, ImageReference, Platform, ResolvedImage, Transport
 from cos_console.model.problem import ExitCode, Problem
 from cos_console.sources.reference import parse_reference
 from cos_console.sources.settings import SourceSettings
 
-__all__ = ["SourceSettings", "open_pinned", "parse_reference", "resolve"]
+__all__ = ["SourceSettings", "list_tags", "open_pinned", "parse_reference", "resolve"]
 
 
-def resolve(reference: ImageReference, settings: SourceSettings, platform: Platform | None = None) -> Content:
+def resolve(
+    reference: ImageReference,
+    settings: SourceSettings,
+    platform: Platform | None = None,
+    report: Callable[[int, int, str], None] | None = None,
+) -> Content:
     """Find the image, choose the platform, read its manifest and configuration; no layer is fetched yet.
 
-    Raises Problem when it can't be found, reached or understood.
+    `report(bytes had, bytes in all, words)` hears of a pull that a Docker Engine does meanwhile.
+    Raises Problem when the image can't be found, reached or understood.
     """
     from cos_console.sources import docker_engine, oci_layout, registry
     from cos_console.sources.archive import open_docker_archive, open_oci_archive
@@ -28,7 +36,7 @@ def resolve(reference: ImageReference, settings: SourceSettings, platform: Platf
         case Transport.DOCKER:
             return registry.open_registry(reference, settings, wanted)
         case Transport.DOCKER_DAEMON:
-            return docker_engine.open_engine(reference)
+            return docker_engine.open_engine(reference, settings, wanted, report)
         case Transport.DIRECTORY:
             return DirectoryContent(reference)
         case Transport.SLOT:
@@ -52,3 +60,10 @@ def open_pinned(image: ResolvedImage, settings: SourceSettings) -> Content:
             exit_code=ExitCode.SOURCE,
         )
     return content
+
+
+def list_tags(reference: ImageReference, settings: SourceSettings) -> tuple[str, ...]:
+    """The tags of the repository that `reference` names, in the registry's order. Raises Problem."""
+    from cos_console.sources import registry
+
+    return registry.list_tags(reference, settings)

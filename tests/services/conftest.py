@@ -3,8 +3,6 @@
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.sandbox.disk import run
+from tests.services.servers import TokenService, make_certificate, serving
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,33 @@ def login_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running
     yield from start_registry(work / "r", extra=extra)
 
 
+@dataclass(frozen=True)
+class TokenRegistry:
+    """A registry that sends everybody to a token service; `service` says how long tokens live."""
+
+    registry: RunningRegistry
+    service: type[TokenService]
+
+    @property
+    def host(self) -> str:
+        return self.registry.host
+
+
+@pytest.fixture
+def token_registry(tmp_path: Path) -> Iterator[TokenRegistry]:
+    certificate, key = make_certificate(tmp_path / "token")
+    service = type("Service", (TokenService,), {"key": key, "certificate": certificate, "given": []})
+    with serving(service) as port:
+        bundle = tmp_path / "token/bundle.pem"
+        bundle.write_bytes(certificate.read_bytes() + (tmp_path / "token/ca.pem").read_bytes())
+        extra = (
+            f"auth:\n  token:\n    realm: http://127.0.0.1:{port}/token\n    service: cos-registry\n"
+            f"    issuer: cos-test\n    rootcertbundle: {bundle}\n"
+        )
+        for running in start_registry(tmp_path / "r", extra=extra):
+            yield TokenRegistry(running, service)
+
+
 @pytest.fixture
 def docker_engine(tmp_path: Path) -> Iterator[str]:
     socket_path = tmp_path / "docker.sock"
@@ -127,6 +153,3 @@ def docker_engine(tmp_path: Path) -> Iterator[str]:
     finally:
         daemon.terminate()
         daemon.wait()
-
-
-__all__ = ["RunningRegistry", "urllib"]

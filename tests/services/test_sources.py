@@ -99,7 +99,7 @@ def test_tls_with_an_authority_of_ones_own(
     name = tls_registry.push(made.directory, made.ref, "os/sandbox:2.0")
     with pytest.raises(Problem) as caught:
         resolve(parse_reference(name), SETTINGS)
-    assert caught.value.report.code == "COS-NET-TLS"
+    assert caught.value.report.code == "COS-TLS-UNTRUSTED"
     trusted = SourceSettings(ca_file=str(tls_registry.ca))
     built_is_right(resolve(parse_reference(name), trusted), tmp_path)
 
