@@ -17,7 +17,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 
 from cos_console.formats.ext4 import layout
@@ -28,9 +28,27 @@ from cos_console.formats.tar import TarEntry
 from cos_console.model.image import Content
 from cos_console.model.problem import ExitCode, Problem, from_report
 from cos_console.slots import build_worker
-from cos_console.slots.build_pieces import Mismatch, Piece, PieceWriter, Reader, check_all, without
-from cos_console.slots.build_room import data_ranges, dig_unwritten, punch, reserve, unwritten_extents
+from cos_console.slots.build_pieces import Mismatch, Piece, PieceWriter, Reader, without
+from cos_console.slots.build_problems import (
+    UNTOUCHED,
+    cancelled_on_request,
+    contradiction,
+    disk_failed,
+    hostile_layer,
+    too_big,
+    unproven,
+)
+from cos_console.slots.build_proof import prove_image
+from cos_console.slots.build_room import dig_unwritten, punch, reserve, unwritten_extents
 from cos_console.slots.build_space import Space
+from cos_console.slots.build_values import (
+    BuildProgress,
+    BuildResult,
+    Contexts,
+    ImageSpec,
+    ImageTree,
+    ProofResult,
+)
 from cos_console.slots.build_worker import (
     Counters,
     Entries,
@@ -58,113 +76,6 @@ _REPORT_S = 0.2
 _POLL_S = 0.1
 _ZERO_MOST = 64 << 10
 """Ranges up to this size are filled with zeros; larger ones become holes."""
-COS_DIRECTORIES = ("proc", "boot", "dev", "sys", "run", "tmp", "mnt", "host", "usr/local", "oem")
-"""Mount points that cos-upgrade makes in a new image, and those that the workings of cOS want."""
-
-Contexts = Callable[[bytes, int], bytes | None]
-"""SELinux context, without the final NUL, for (path with leading slash, st_mode); None leaves the file as it is."""
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """What file system to make."""
-
-    size_bytes: int
-    label: str
-    uuid: bytes | None = None
-    """16 bytes; None: made from the image's digests, the label and the size."""
-    created_s: int | None = None
-    """Seconds since 1970; None: now."""
-    directories: tuple[str, ...] = COS_DIRECTORIES
-    contexts: Contexts | None = None
-    contexts_from: "Callable[[ImageTree], Contexts | None] | None" = None
-    """As `contexts`, but made from the merged tree: file_contexts lies inside the image."""
-    keep_reserved: bool = False
-    """Leave the room that was not written reserved, because the image will be mounted and written into; the
-    caller ends that with `dig_unwritten` and proves the result by other means."""
-    prove_while_writing: bool = True
-    check_diff_ids: bool = False
-    """Also where a layer has a digest that is checked: some 0.4 s more for a gigabyte."""
-    workers: int = 2
-    entry_limit: int = 500_000
-    window_limit_bytes: int = 32 << 20
-    """Of zstd, for each worker: what its level 20 wants. Bounds memory."""
-    inflated_limit_bytes: int | None = None
-    """Of all layers together; None: four times the image and a gigabyte."""
-
-
-@dataclass(frozen=True)
-class BuildProgress:
-    """Bytes as transferred. `waiting_s` is the time since the last byte came."""
-
-    bytes_done: int
-    bytes_total: int
-    """0 where not known."""
-    rate_bps: float = 0.0
-    waiting_s: float = 0.0
-    detail: str = ""
-    refetch_bytes: int = 0
-    """What would be fetched again if it stopped now."""
-
-
-@dataclass(frozen=True)
-class BuildResult:
-    """What was written. `pieces` is what a proof compares against."""
-
-    entries: int
-    """Inodes."""
-    files: int
-    directories: int
-    transfer_bytes: int
-    inflated_bytes: int
-    written_bytes: int
-    used_bytes: int
-    """Blocks in use inside the image."""
-    size_bytes: int
-    uuid: str
-    label: str
-    warnings: tuple[str, ...]
-    elapsed_s: float
-    stamp_ns: int
-    """Modification time given to the file at the end: another one means that somebody wrote into it since."""
-    pieces: tuple[Piece, ...] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class ProofResult:
-    """`method` is direct (O_DIRECT) or dropped (page cache dropped first)."""
-
-    files: int
-    bytes_read: int
-    """All that was written, whenever it was read back."""
-    pieces: int
-    method: str
-    bytes_read_while_writing: int = 0
-
-
-class ImageTree:
-    """The merged image before its metadata is written: look into it, read its files."""
-
-    def __init__(self, tree: Tree, fd: int) -> None:
-        self._tree = tree
-        self._fd = fd
-
-    def find(self, path: str) -> Node | None:
-        """The node at `path`, links followed inside the image; None when there is none."""
-        return self._tree.find(path)
-
-    def read_file(self, path: str, limit: int) -> bytes | None:
-        """Up to `limit` bytes of a regular file; None when there is none. Raises OSError."""
-        node = self._tree.find(path)
-        if node is None or not stat.S_ISREG(node.mode):
-            return None
-        data = bytearray(min(limit, node.size))
-        for logical, first, count in node.runs:
-            at = logical * layout.BLOCK
-            if at < len(data):
-                part = os.pread(self._fd, min(count * layout.BLOCK, len(data) - at), first * layout.BLOCK)
-                data[at : at + len(part)] = part
-        return bytes(data)
 
 
 def build_image(
@@ -200,80 +111,16 @@ def build_image(
         fetched = built.fetch()
         return built.finish(fetched, begun)
     except FormatError as e:
-        raise _hostile(str(e)) from None
+        raise hostile_layer(str(e)) from None
     except (NoRoom, _Full):
-        raise _too_big(spec.size_bytes) from None
+        raise too_big(spec.size_bytes) from None
     except Mismatch as e:
-        raise _unproven(f"the bytes at {e.offset} are not those that were written") from None
+        raise unproven(f"the bytes at {e.offset} are not those that were written") from None
     except OSError as e:
-        raise _disk(os.strerror(e.errno or 0), repr(e)) from None
+        raise disk_failed(os.strerror(e.errno or 0), repr(e)) from None
     finally:
         if collecting:
             gc.enable()
-
-
-def prove_image(
-    fd: int,
-    result: BuildResult,
-    *,
-    report: Callable[[BuildProgress], None] = lambda _: None,
-    cancelled: Callable[[], bool] = lambda: False,
-) -> ProofResult:
-    """Compare what the medium holds with what was written, holes and tables included.
-
-    What was read back while the image was built is not read again, unless the file was written to since then.
-    Raises Problem COS-PROOF when a byte differs or a range is there that was never written.
-    """
-    try:
-        os.fsync(fd)
-        untouched = os.fstat(fd).st_mtime_ns == result.stamp_ns
-        if os.fstat(fd).st_size != result.size_bytes:
-            raise _unproven("the file has another size")
-        stray = unwritten_extents(fd)
-        if stray:
-            raise _unproven(f"{len(stray)} ranges were reserved and never written")
-        todo = [p for p in result.pieces if not (p.proven and untouched)]
-        early = result.written_bytes - sum(p.length for p in todo)
-        reader = Reader(fd)
-        try:
-            done = early
-            last = 0.0
-            for n in range(0, len(todo), 32):
-                part = todo[n : n + 32]
-                check_all(reader, part)
-                done += sum(p.length for p in part)
-                if cancelled():
-                    raise _cancelled()
-                if time.monotonic() - last >= _REPORT_S:
-                    last = time.monotonic()
-                    report(BuildProgress(done, result.written_bytes, detail="reading back"))
-            _rest_is_zero(fd, reader, result.pieces)
-            method = reader.method
-        finally:
-            reader.close()
-    except Mismatch as e:
-        raise _unproven(f"the bytes at {e.offset} are not those that were written") from None
-    except OSError as e:
-        raise _unproven(f"reading it back failed ({os.strerror(e.errno or 0)})") from None
-    return ProofResult(result.files, done, len(result.pieces), method, early)
-
-
-def _rest_is_zero(fd: int, reader: Reader, pieces: Sequence[Piece]) -> None:
-    """Everything outside the pieces is a hole, or zeros. Raises Mismatch, OSError."""
-    n = 0
-    for start, end in data_ranges(fd):
-        at = start
-        while at < end:
-            while n < len(pieces) and pieces[n].offset + pieces[n].length <= at:
-                n += 1
-            stop = min(end, pieces[n].offset) if n < len(pieces) else end
-            if stop <= at:
-                at = pieces[n].offset + pieces[n].length
-                continue
-            part = reader.read(at, min(stop - at, 1 << 20))
-            if not part or any(part):
-                raise Mismatch(at)
-            at += len(part)
 
 
 class _Full(Exception):  # noqa: N818 - never leaves this room
@@ -428,7 +275,7 @@ class _Build:
                     case WorkerFailed():
                         raise _failed(message)
             if self._cancelled():
-                raise _cancelled()
+                raise cancelled_on_request()
             progress.tell(merged, finished=not open_ends)
         if merged < count:
             raise FormatError(f"layer {merged + 1} of {count} is missing from the source")
@@ -454,7 +301,7 @@ class _Build:
         try:
             used = claimed(self._geo, tree)
         except ValueError as e:
-            raise _internal(str(e)) from None
+            raise contradiction(str(e)) from None
         pieces = self._blank_hidden(used, fetched.pieces)
         free = layout.gaps(used, self._geo.blocks)
         # Never written room first, the long runs before the short ones: tables want one piece.
@@ -469,7 +316,7 @@ class _Build:
             pieces += writer.finish()
         pieces.sort()
         if self._cancelled():
-            raise _cancelled()
+            raise cancelled_on_request()
         if not spec.keep_reserved:
             self._dig(pieces)
         os.fsync(self._fd)
@@ -646,11 +493,6 @@ def _label_tree(tree: Tree, contexts: Contexts) -> None:
             node.xattrs = {**(node.xattrs or {}), b"security.selinux": context + b"\0"}
 
 
-# --- problems ------------------------------------------------------------------------------------------------
-
-_UNTOUCHED = "active and passive are exactly as before."
-
-
 def _failed(message: WorkerFailed) -> Exception:
     match message.kind:
         case "layer":
@@ -658,9 +500,9 @@ def _failed(message: WorkerFailed) -> Exception:
         case "full":
             return _Full()
         case "proof":
-            return _unproven(message.what)
+            return unproven(message.what)
         case "disk":
-            return _disk(message.what.partition("] ")[2], message.what)
+            return disk_failed(message.what.partition("] ")[2], message.what)
         case _:
             assert message.problem is not None  # noqa: S101 - that is what the other kinds carry
             return from_report(message.problem)
@@ -676,67 +518,6 @@ def _died(workers: "dict[Connection, int]", end: Connection) -> Problem:
     return Problem(
         "COS-WORKER",
         f"A process that unpacks layers was ended from outside ({how}).",
-        unchanged=_UNTOUCHED,
+        unchanged=UNTOUCHED,
         now="See whether memory ran out (dmesg), and start again.",
-    )
-
-
-def _hostile(why: str) -> Problem:
-    return Problem(
-        "COS-LAYER",
-        f"A layer of the image can't be unpacked: {why}.",
-        unchanged=_UNTOUCHED,
-        now="Choose another image, or tell its maker.",
-        exit_code=ExitCode.VERIFICATION,
-    )
-
-
-def _too_big(size_bytes: int) -> Problem:
-    return Problem(
-        "COS-IMAGE-TOO-BIG",
-        f"The image's files don't fit into {size_bytes >> 20} MiB.",
-        unchanged=_UNTOUCHED,
-        now="Choose a larger image with --size.",
-        exit_code=ExitCode.REFUSED,
-    )
-
-
-def _cancelled() -> Problem:
-    return Problem(
-        "COS-CANCELLED",
-        "The operation was stopped on request.",
-        unchanged=_UNTOUCHED,
-        now="Start it again whenever you like.",
-        exit_code=ExitCode.CANCELLED,
-    )
-
-
-def _unproven(why: str) -> Problem:
-    return Problem(
-        "COS-PROOF",
-        f"The new image did not read back as it was written: {why}.",
-        unchanged=_UNTOUCHED,
-        now="Check the disk (SMART, kernel messages); don't trust it with an upgrade.",
-        exit_code=ExitCode.VERIFICATION,
-    )
-
-
-def _disk(why: str, detail: str) -> Problem:
-    return Problem(
-        "COS-DISK-WRITE",
-        f"The new image could not be written: {why}.",
-        unchanged=_UNTOUCHED,
-        now="Check the disk (SMART, kernel messages) and its free space.",
-        detail=detail,
-    )
-
-
-def _internal(detail: str) -> Problem:
-    return Problem(
-        "COS-INTERNAL",
-        "The image builder contradicted itself and stopped.",
-        unchanged=_UNTOUCHED,
-        now="Report this, with the log.",
-        exit_code=ExitCode.INTERNAL,
-        detail=detail,
     )
