@@ -22,6 +22,10 @@ from cos_console.formats.readat import FormatError, ReadAt
 
 _MAGIC = b"hsqs"
 _METADATA = 8192
+_NO_XATTRS = 0xFFFFFFFF
+_XATTR_PREFIX = {0: "user.", 1: "trusted.", 2: "security."}
+_XATTR_ELSEWHERE = 0x100
+_MAX_XATTRS, _MAX_XATTR = 1024, 64 << 10
 _NO_FRAGMENT, _NO_TABLE = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _COMPRESSORS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 _DIR, _REG, _SYMLINK, _LDIR, _LREG, _LSYMLINK = 1, 2, 3, 8, 9, 10
@@ -57,6 +61,7 @@ class Superblock:
     inode_table: int
     directory_table: int
     fragment_table: int
+    xattr_table: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,25 @@ class _Inode:
     fragment: int = _NO_FRAGMENT
     target: bytes = b""
     block_sizes_at: tuple[int, int] = (0, 0)
+    device: int = 0
+    xattrs: int = _NO_XATTRS
+    """Index in the attribute table."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name of the tree, with all that an archive of it needs."""
+
+    path: str
+    """Relative, without a leading slash; empty for the root. Bytes that are no UTF-8 as surrogates."""
+    stat: Stat
+    target: str
+    """Of a symbolic link."""
+    device: tuple[int, int]
+    """(major, minor)"""
+    xattrs: dict[str, bytes]
+    content: ReadAt | None
+    """Of a regular file."""
 
 
 def parse_superblock(raw: bytes) -> Superblock:
@@ -85,7 +109,7 @@ def parse_superblock(raw: bytes) -> Superblock:
         raise FormatError("no squashfs superblock")
     inodes, made, block, fragments = struct.unpack_from("<4I", raw, 4)
     compressor, log, _, ids, major, minor = struct.unpack_from("<6H", raw, 20)
-    root, used, id_table, _, inode_table, directory_table, fragment_table, _ = struct.unpack_from(
+    root, used, id_table, xattr_table, inode_table, directory_table, fragment_table, _ = struct.unpack_from(
         "<8Q", raw, 32
     )
     if (major, minor) != (4, 0):
@@ -97,7 +121,7 @@ def parse_superblock(raw: bytes) -> Superblock:
     name = _COMPRESSORS.get(compressor, str(compressor))
     return Superblock(
         inodes, made, block, fragments, name, ids, root, used, id_table, inode_table, directory_table,
-        fragment_table,
+        fragment_table, xattr_table,
     )  # fmt: skip
 
 
@@ -202,6 +226,37 @@ class Squashfs:
             trail.append(inode)
         return trail[-1]
 
+    def walk(self) -> Iterator[Entry]:
+        """Everything, parents first, names in the directory's order. Raises FormatError."""
+        root = self._inode(self.superblock.root)
+        yield self._entry("", root)
+        stack, directories = [("", root)], 0
+        while stack:
+            base, directory = stack.pop()
+            directories += 1
+            if directories > self.superblock.inodes:
+                raise FormatError("squashfs directories that contain each other")
+            for raw, reference in self._entries(directory):
+                name = raw.decode("utf-8", "surrogateescape")
+                if name in {".", ".."} or "/" in name:
+                    raise FormatError("a squashfs name that is no name")
+                inode = self._inode(reference)
+                path = f"{base}/{name}" if base else name
+                yield self._entry(path, inode)
+                if inode.kind == _DIR:
+                    stack.append((path, inode))
+
+    def _entry(self, path: str, inode: _Inode) -> Entry:
+        minor = inode.device & 0xFF | inode.device >> 12 & 0xFFF00  # linux/kdev_t.h, new_decode_dev
+        return Entry(
+            path,
+            self._stat(inode),
+            inode.target.decode("utf-8", "surrogateescape"),
+            (inode.device >> 8 & 0xFFF, minor),
+            self._attributes(inode.xattrs),
+            self._open(inode) if inode.kind == _REG else None,
+        )
+
     # --- metadata --------------------------------------------------------------------------------------------
 
     def _block(self, at: int) -> tuple[bytes, int]:
@@ -260,22 +315,24 @@ class Squashfs:
             start, links, size, offset, _ = more("<IIHHI")
             return make(links, size, start, offset)
         if kind == _LDIR:
-            links, size, start, _, _, offset, _ = more("<4IHHI")
-            return make(links, size, start, offset)
+            links, size, start, _, _, offset, xattrs = more("<4IHHI")
+            return make(links, size, start, offset, xattrs=xattrs)
         if kind == _REG:
             start, fragment, offset, size = more("<4I")
             return make(1, size, start, offset, fragment, block_sizes_at=place)
         if kind == _LREG:
-            start, size, _, links, fragment, offset, _ = more("<3Q4I")
-            return make(links, size, start, offset, fragment, block_sizes_at=place)
+            start, size, _, links, fragment, offset, xattrs = more("<3Q4I")
+            return make(links, size, start, offset, fragment, block_sizes_at=place, xattrs=xattrs)
         if basic == _SYMLINK:
             links, size = more("<II")
             if size > 4096:
                 raise FormatError("a symbolic link longer than 4096 bytes")
-            target, _ = self._read(*place, size)
-            return make(links, size, target=target)
+            target, place = self._read(*place, size)
+            xattrs = more("<I")[0] if kind == _LSYMLINK else _NO_XATTRS
+            return make(links, size, target=target, xattrs=xattrs)
         (links,) = more("<I")
-        return make(links)
+        device = more("<I")[0] if basic in (4, 5) else 0
+        return make(links, device=device, xattrs=more("<I")[0] if kind > 7 else _NO_XATTRS)
 
     def _entries(self, inode: _Inode) -> Iterator[tuple[bytes, int]]:
         """(name, inode reference) of a directory, whose size counts 3 bytes that are not there."""
@@ -316,6 +373,44 @@ class Squashfs:
         if index >= self.superblock.ids:
             raise FormatError("a squashfs owner is not in the table")
         return int.from_bytes(self._table_entry(self.superblock.id_table, index, 4), "little")
+
+    def _attributes(self, index: int) -> dict[str, bytes]:
+        """Extended attributes: a table of (reference, count, bytes), found through a list of its blocks."""
+        table = self.superblock.xattr_table
+        if index == _NO_XATTRS or table == _NO_TABLE:
+            return {}
+        head = self._source.read_at(table, 16)
+        if table >= self.superblock.used_bytes or len(head) < 16:
+            raise FormatError("the squashfs attribute table lies outside the file system")
+        start, count = struct.unpack_from("<QI", head)
+        if index >= count:
+            raise FormatError("squashfs attributes are not in the table")
+        reference, entries, _ = struct.unpack("<QII", self._table_entry(table + 16, index, 16))
+        if entries > _MAX_XATTRS:
+            raise FormatError(f"more than {_MAX_XATTRS} attributes of one squashfs file")
+        place = start + (reference >> 16), reference & 0xFFFF
+        found: dict[str, bytes] = {}
+        for _ in range(entries):
+            raw, place = self._read(*place, 4)
+            kind, length = struct.unpack("<HH", raw)
+            name, place = self._read(*place, length)
+            raw, place = self._read(*place, 4)
+            (size,) = struct.unpack("<I", raw)
+            prefix = _XATTR_PREFIX.get(kind & 0xFF)
+            if prefix is None or size > _MAX_XATTR:
+                raise FormatError("a squashfs attribute of unknown kind or impossible size")
+            value, place = self._read(*place, size)
+            if kind & _XATTR_ELSEWHERE:
+                if size != 8:
+                    raise FormatError("a squashfs attribute points nowhere")
+                (other,) = struct.unpack("<Q", value)
+                raw, there = self._read(start + (other >> 16), other & 0xFFFF, 4)
+                (size,) = struct.unpack("<I", raw)
+                if size > _MAX_XATTR:
+                    raise FormatError("a squashfs attribute of impossible size")
+                value, _ = self._read(*there, size)
+            found[prefix + name.decode("utf-8", "surrogateescape")] = value
+        return found
 
     # --- data ------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from cos_console.model.plan import Action, Plan, SlotChange, Step, StepKind
 from cos_console.planner.given import CHECK, HISTORY, STATE_DIRECTORY, Given
 from cos_console.planner.words import disk, refused
 
-
 _MENDED = {"finish", "undo", "relabel"}
 """Repairs of a left-over that finish and undo do; a missing slot alone needs a restore or an upgrade."""
 

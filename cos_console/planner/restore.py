@@ -1,6 +1,6 @@
 """Active from a proven copy of passive or of recovery."""
 
-from cos_console.model.machine import Slot, SlotName
+from cos_console.model.machine import SlotName
 from cos_console.model.plan import Action, Plan, SlotChange, SpacePhase, Step, StepKind
 from cos_console.planner import space
 from cos_console.planner.given import CHECK, CLEAN, NEW_IMAGE, USABLE, WRITE_BPS, Given
@@ -21,7 +21,6 @@ def plan_restore(given: Given) -> Plan:
     if given.inst.running is SlotName.ACTIVE:
         raise refused("COS-RUNNING", "This machine runs from active.", "Boot passive or the LiveCD first.")
     unpacks = source.fs_type == "squashfs"
-    _readable(source)
     room = space.room(given.inst)
     size, needed = source.size_bytes, source.allocated_bytes
     if unpacks:
@@ -66,15 +65,6 @@ def plan_restore(given: Given) -> Plan:
         from_version=version(given.active),
         to_version=source.version,
     )
-
-
-def _readable(source: Slot) -> None:
-    if source.fs_type == "squashfs":
-        raise refused(
-            "COS-SQUASHFS",
-            "The recovery image is a squashfs; it can't be copied into a slot here.",
-            "Upgrade active instead.",
-        )
 
 
 def copying_steps(fill: str, proof: str, size: int, filled: int, undo: str = "") -> list[Step]:

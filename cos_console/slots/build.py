@@ -295,7 +295,7 @@ class _Build:
         if spec.contexts_from is not None:
             contexts = spec.contexts_from(ImageTree(tree, self._fd))
         if contexts is not None:
-            _label_tree(tree, contexts)
+            _label_tree(tree, contexts, self._created)
         if fetched.doubled:
             fetched.pieces = sorted(fetched.pieces + self._separate(tree, fetched.pieces))
         try:
@@ -486,7 +486,10 @@ def _end(workers: "dict[Connection, int]") -> None:
             pass
 
 
-def _label_tree(tree: Tree, contexts: Contexts) -> None:
+def _label_tree(tree: Tree, contexts: Contexts, created_s: int) -> None:
+    if tree.root.children is not None:  # the file system's own directory gets its context too
+        lost = Node(stat.S_IFDIR | 0o700, created_s * 10**9, {})
+        tree.root.children.setdefault(b"lost+found", lost)
     for path, node in tree.walk():
         context = contexts(path, node.mode)
         if context is not None:

@@ -9,7 +9,7 @@ from cos_console.model.image import Content
 from cos_console.model.machine import SlotName
 from cos_console.model.plan import Action, Plan
 from cos_console.model.problem import ExitCode, Problem
-from cos_console.slots import guard, record, restore, switch
+from cos_console.slots import guard, record, restore, selinux, switch
 from cos_console.slots.build import BuildProgress, ImageSpec, build_image, prove_image
 from cos_console.slots.context import (
     UNTOUCHED,
@@ -22,6 +22,7 @@ from cos_console.slots.context import (
 )
 from cos_console.slots.label import set_label
 from cos_console.slots.port import Place, Volume
+from cos_console.slots.squashfs_content import SquashfsContent
 from cos_console.slots.switch import ACTIVE, PASSIVE, TRANSITION
 
 __all__ = ["OperationContext", "open_operation"]
@@ -64,7 +65,7 @@ def _give_up_passive(ctx: OperationContext) -> None:
 
 def fetch(ctx: OperationContext, content: Content) -> None:
     """Fill transition.img from an image, labelled COS_ACTIVE from its first byte on."""
-    spec = ImageSpec(ctx.plan.image_size_bytes, "COS_ACTIVE")
+    spec = ImageSpec(ctx.plan.image_size_bytes, "COS_ACTIVE", contexts_from=selinux.contexts_from)
     with spoken("The new image could not be written"):
         ctx.built = ctx.port.fill(
             TRANSITION,
@@ -77,6 +78,11 @@ def fetch(ctx: OperationContext, content: Content) -> None:
 def copy(ctx: OperationContext) -> None:
     """Fill transition.img from another slot of this installation."""
     source = _copy_source(ctx)
+    slot = ctx.installation.slot(SlotName.RECOVERY)
+    if source.volume is Volume.RECOVERY and slot is not None and slot.fs_type == "squashfs":
+        with spoken("The recovery image could not be read"), ctx.port.reading(source) as fd:
+            fetch(ctx, SquashfsContent(fd, slot.version))
+        return
 
     def report(done: int, total: int) -> None:
         ctx.report(BuildProgress(done, total, detail=f"copying {source.name}"))

@@ -59,6 +59,7 @@ def repair(ctx: OperationContext) -> None:
             )
         if moves is None:
             ctx.note("the operation was done already; swap brings the other system back")
+            switch.run(ctx.port, guarded_moves(ctx, (situation.final,)), ctx.environment)
         else:
             switch.run(ctx.port, guarded_moves(ctx, moves), ctx.environment)
             if not finish:
