@@ -16,7 +16,7 @@ retired.img, and by active and passive being one file (a swap).
   own swap                P       P              A        -            as recorded               as recorded
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cos_console.slots.port import Volume
 from cos_console.slots.recover import Observed, Recorded, Unrecognised
@@ -95,14 +95,16 @@ def _own(files: Files, situation: Situation, *, finishing: bool) -> tuple[Move, 
         if seen.retired in (None, seen.active):
             raise Unrecognised("active and passive are one file, and the other image is gone")
         told = Recorded("swap", seen.retired, seen.passive, None, Guard(ids.active))
-        moves = (finish_recorded if finishing else undo_recorded)(seen, told, situation)
-        return moves or ()
+        bare = replace(seen, transition=None)
+        moves = (finish_recorded if finishing else undo_recorded)(bare, told, situation)
+        return (*_drop_new(seen), *(moves or ()))
     if seen.retired is None or seen.retired in (seen.active, seen.passive):
         return (_START, *_drop(seen), *_labels(files, situation))
     hold = _hold(situation)
     if not files.active_usable and files.retired_boots:
         label = (Label(RETIRED, "COS_ACTIVE"),) if situation.labels else ()
-        return (_START, *_drop_new(seen), *hold, *label, Rename(RETIRED, ACTIVE), Guard(ids.active))
+        mend = _label_passive(files, situation)
+        return (_START, *_drop_new(seen), *mend, *hold, *label, Rename(RETIRED, ACTIVE), Guard(ids.active))
     if files.active_usable and not files.passive_usable and files.retired_boots:
         label = (Label(RETIRED, "COS_PASSIVE"),) if situation.labels else ()
         return (

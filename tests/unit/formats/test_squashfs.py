@@ -79,6 +79,29 @@ def test_every_file_reads_as_it_was_packed(made: Path, tmp_path: Path, options: 
     assert seen > 400
 
 
+def test_a_walk_tells_devices_attributes_and_hard_links(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "file").write_bytes(b"x")
+    os.link(root / "file", root / "twin")
+    os.mknod(root / "device", 0o20640, os.makedev(300, 70_000))
+    for name in ("file", "device", "."):
+        os.setxattr(root / name, "trusted.same", b"\0\xff" * 300)
+    os.setxattr(
+        root / "file", "security.capability", bytes.fromhex("0100000202000000000000000000000000000000")
+    )
+    fs = Squashfs.open(BytesReadAt(squash(root, tmp_path / "image")))
+    found = {e.path: e for e in fs.walk()}
+    assert set(found) == {"", "file", "twin", "device"}
+    assert found["device"].device == (300, 70_000)
+    for name in ("file", "device", ""):
+        real = {k: os.getxattr(root / name, k) for k in os.listxattr(root / name)}
+        assert found[name].xattrs == real
+        assert "trusted.same" in real
+    assert found["file"].stat.inode == found["twin"].stat.inode
+    assert found["file"].stat.links == 2
+
+
 def test_links_are_followed_inside_the_root_and_a_loop_is_refused(made: Path, tmp_path: Path) -> None:
     fs = Squashfs.open(BytesReadAt(squash(made, tmp_path / "image")))
     assert fs.read_file("/boot/vmlinuz", 8) == BIG[:8]
@@ -121,6 +144,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     (root / "boot").mkdir()
     (root / "boot/vmlinuz").write_bytes(BIG[:20_000])
     (root / "link").symlink_to("etc")
+    os.setxattr(root / "etc", "user.one", b"1" * 200)
+    os.setxattr(root / "boot", "user.one", b"1" * 200)
     return squash(root, root.parent / "small.squashfs", "-comp", "gzip", "-b", "4096", "-noI")
 
 
@@ -147,6 +172,9 @@ def test_damage_is_a_format_error_and_quick(small: bytes, data: st.DataObject) -
                 fs.read_file(path)
             except FileNotFoundError:
                 pass
+        for entry in fs.walk():
+            if entry.content is not None:
+                entry.content.read_at(0, 1 << 20)
     except FormatError:
         pass
     assert time.monotonic() - started < 2
