@@ -20,11 +20,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter_private_namespace() -> None:
-    """From here on our mounts are ours alone. Raises OSError (not root), Problem."""
+    """From here on our mounts are ours alone, but what others unmount goes here too. Raises OSError (not root), Problem.
+
+    Slave, not private: a private copy would keep the operator's USB stick mounted for as long as we run.
+    """
     if _libc.unshare(_CLONE_NEWNS) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), "unshare")
-    run(["mount", "--make-rprivate", "/"])
+    run(["mount", "--make-rslave", "/"])
 
 
 @contextlib.contextmanager
